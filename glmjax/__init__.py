@@ -1,0 +1,1 @@
+"""glmjax: GLM-5-class models in JAX."""

@@ -1,0 +1,284 @@
+"""The network: one forward for training, prefill, decode, verification and drafting."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from glmjax.model.attention import Attention
+from glmjax.model.cache import Cache, Step
+from glmjax.model.config import GlmConfig
+from glmjax.model.indexer import Indexer
+from glmjax.model.layers import Rope, swiglu
+from glmjax.model.moe import Experts
+from glmjax.model.pattern import LayerIndex, mtp_index, segments
+from glmjax.model.weights import Declare
+from glmjax.pallas.project import project
+from glmjax.pallas.rms_norm import rms_norm
+from glmjax.pallas.stack import Stack
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerView:
+    """What happened in a layer, for those who look: traces, research, the indexer's distillation.
+
+    Attributes:
+        index: which layer.
+        hidden_BTD: the residual stream after it.
+        selected_BTK: what its attention read, ascending, −1 after.
+        choice_BTX: its router's experts; None in a dense layer.
+        normed_BTD: the attention's input.
+        latent_BTQ: the query latent.
+        attention_BTD: the attention's contribution.
+        mlp_BTD: the MLP's or experts' contribution.
+        cache: the cache after the layer wrote its rows.
+    """
+
+    index: LayerIndex
+    hidden_BTD: jax.Array
+    selected_BTK: jax.Array
+    choice_BTX: jax.Array | None
+    normed_BTD: jax.Array
+    latent_BTQ: jax.Array
+    attention_BTD: jax.Array
+    mlp_BTD: jax.Array
+    cache: Any
+
+
+Observer = Callable[[LayerView], Any]
+"""Looks at a layer while it is traced and returns what to keep of it: any pytree, or None."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Forced:
+    """Choices to take instead of a layer's own, for comparisons in which rounding must not flip them.
+
+    Attributes:
+        selected_BTK: positions to attend to.
+        choice_BTX: experts; None in a dense layer.
+    """
+
+    selected_BTK: jax.Array
+    choice_BTX: jax.Array | None = None
+
+
+class Mtp(nnx.Module):
+    """What the MTP layer has beside a decoder layer (which is the last entry of the stacks)."""
+
+    def __init__(self, declare: Declare):
+        self.projection_D2D = declare.plain("D2D", fan_in="2D")
+        self.embedding_norm_D = declare.norm("D")
+        self.hidden_norm_D = declare.norm("D")
+        self.norm_D = declare.norm("D")
+
+
+class Transformer(nnx.Module):
+    """The weights of a model and its forward.
+
+    Args:
+        config: what to build.
+        dtype: of weights and activations: float32 or bfloat16.
+        rngs: for random initial weights.
+        mtp: whether it has the MTP layer; default as the configuration says.
+        fp8: keep the matrices of an FP8 checkpoint as FP8.
+    """
+
+    def __init__(self, config: GlmConfig, *, dtype: Any, rngs: nnx.Rngs, mtp: bool | None = None, fp8: bool = False):
+        has_mtp = config.num_nextn_predict_layers > 0 if mtp is None else mtp
+        extra = int(has_mtp)
+        layers = config.num_hidden_layers + extra
+        kinds = config.mlp_layer_types
+        dense, sparse = kinds.count("dense"), kinds.count("sparse") + extra
+        block = config.quantization.block if fp8 and config.quantization else None
+        declare = Declare(_sizes(config), dtype, rngs, block).sized(L=layers)
+        gain = (2 * layers) ** -0.5  # of what adds to the residual stream
+
+        self.config = config
+        self.embed_VD = declare.plain("VD", fan_in="1")
+        self.input_norm_LD = declare.norm("LD")
+        self.post_attention_norm_LD = declare.norm("LD")
+        self.attention = Attention(config, declare, layers)
+        self.indexer = Indexer(config, declare, config.indexer_types.count("full") + extra)
+        self.dense_gate_up_L2FD = declare.sized(L=dense).matrix("L2FD", rows="F", columns="D") if dense else None
+        self.dense_down_LDF = declare.sized(L=dense).matrix("LDF", rows="D", columns="F", gain=gain) if dense else None
+        self.experts = Experts(config, declare, sparse, gain) if sparse else None
+        self.norm_D = declare.norm("D")
+        self.head_VD = None if config.tie_word_embeddings else declare.plain("VD", fan_in="D")
+        self.mtp = Mtp(declare) if has_mtp else None
+
+    @property
+    def dtype(self) -> Any:
+        """Of weights and activations."""
+        return self.embed_VD.values.dtype
+
+    def embed(self, ids_BT: jax.Array) -> jax.Array:
+        """Token embeddings [B, T, D], unscaled."""
+        return self.embed_VD.values[...][ids_BT]
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Logits [B, T, V] in float32 of hidden states [B, T, D] after the final norm."""
+        with jax.named_scope("head"):
+            weight = (self.head_VD or self.embed_VD).values[...]
+            return project("BTD,VD->BTV", hidden, Stack(weight[None]), 0, out=jnp.float32)
+
+    def backbone(
+        self,
+        ids_BT: jax.Array,
+        cache: Cache,
+        step: Step,
+        *,
+        observe: Observer | None = None,
+        forced: tuple[Forced, ...] | None = None,
+        remat: bool = False,
+    ) -> tuple[jax.Array, Cache, tuple[Any, ...]]:
+        """All decoder layers and the final norm.
+
+        Args:
+            ids_BT: tokens; anything where `step` says padding.
+            cache: holds the rows of earlier tokens; comes back with these tokens' rows.
+            step: positions, from ``cache.step``.
+            observe: looks at every layer; what it returns comes back, one entry per layer.
+            forced: choices per layer to take instead of the layers' own.
+            remat: recompute layers in the backward pass instead of keeping their intermediates.
+
+        Returns:
+            Hidden states [B, T, D] after the final norm, the cache, and what was observed.
+        """
+        rope = Rope.at(step.positions_BT, self.config.qk_rope_head_dim, self.config.rope_theta)
+        real_BT = step.positions_BT >= 0
+        kept = min(self.config.index_topk, cache.capacity)
+        selected_BTK = jnp.full((*ids_BT.shape, kept), -1, jnp.int32)
+        h_BTD = self.embed(ids_BT)
+        observed: list[Any] = []
+
+        if forced is not None:  # choices differ per layer: no scan
+            for index in (i for s in segments(self.config) for n in range(s.repeats) for i in s.at(n)):
+                view = self._layer(index, h_BTD, selected_BTK, cache, step, rope, real_BT, forced[index.layer])
+                h_BTD, cache = view.hidden_BTD, view.cache
+                observed.append(observe(view) if observe else None)
+            return self._norm(h_BTD, self.norm_D), cache, tuple(observed)
+
+        for segment in segments(self.config):
+
+            def period(carry: Any, _: None, segment: Any = segment) -> tuple[Any, Any]:
+                n, h_BTD, selected_BTK, cache = carry
+                seen = []
+                for index in segment.at(n):
+                    view = self._layer(index, h_BTD, selected_BTK, cache, step, rope, real_BT)
+                    h_BTD, selected_BTK, cache = view.hidden_BTD, view.selected_BTK, view.cache
+                    seen.append(observe(view) if observe else None)
+                return (n + 1, h_BTD, selected_BTK, cache), tuple(seen)
+
+            body = jax.checkpoint(period) if remat else period
+            carry = (jnp.int32(0), h_BTD, selected_BTK, cache)
+            (_, h_BTD, selected_BTK, cache), seen = lax.scan(body, carry, length=segment.repeats)
+            observed += [jax.tree.map(lambda x, n=n: x[n], layer) for n in range(segment.repeats) for layer in seen]
+        return self._norm(h_BTD, self.norm_D), cache, tuple(observed)
+
+    def draft(
+        self,
+        ids_BT: jax.Array,
+        previous_BTD: jax.Array,
+        cache: Cache,
+        step: Step,
+        *,
+        selected_BTK: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache, jax.Array]:
+        """The MTP layer: row p, made of token p and the hidden state of p − 1, predicts token p + 1.
+
+        The textbook's slot t is row t + 1 here. Applied again, with its own output as `previous_BTD`, it drafts further.
+
+        Args:
+            ids_BT: tokens p.
+            previous_BTD: hidden states p − 1 after the final norm; of an earlier draft step, its output.
+            cache: with rows for the MTP layer.
+            step: of the tokens, as for `backbone`.
+            selected_BTK: positions to attend to instead of choosing (`index_share_for_mtp_iteration`).
+
+        Returns:
+            Hidden states [B, T, D] for `head`, the cache, and the selection.
+        """
+        config, mtp = self.config, self.mtp
+        if mtp is None:
+            raise ValueError("this model has no MTP weights; load a checkpoint that has layer num_hidden_layers")
+        step = step.mtp()
+        rope = Rope.at(step.positions_BT - 1, config.qk_rope_head_dim, config.rope_theta)
+        with jax.named_scope("mtp"):
+            embedded_BTD = self.embed(ids_BT)
+            if config.mtp_zero_first_embedding:
+                embedded_BTD = jnp.where((step.positions_BT == step.first_BT)[..., None], 0, embedded_BTD)
+            parts = [self._norm(embedded_BTD, mtp.embedding_norm_D), self._norm(previous_BTD, mtp.hidden_norm_D)]
+            pair_BT2D = jnp.stack(parts, axis=2)
+            h_BTD = project("BTzD,EzD->BTE", pair_BT2D, Stack(mtp.projection_D2D.values[...][None]), 0)
+            forced = None if selected_BTK is None else Forced(selected_BTK)
+            index = mtp_index(config)
+            view = self._layer(index, h_BTD, None, cache, step, rope, step.positions_BT >= 0, forced)
+            return self._norm(view.hidden_BTD, mtp.norm_D), view.cache, view.selected_BTK
+
+    def _layer(
+        self,
+        index: LayerIndex,
+        h_BTD: jax.Array,
+        selected_BTK: jax.Array | None,
+        cache: Cache,
+        step: Step,
+        rope: Rope,
+        real_BT: jax.Array,
+        forced: Forced | None = None,
+    ) -> LayerView:
+        """One decoder layer: norm, attention, norm, MLP or experts, each added to the residual stream."""
+        layer, eps = index.layer, self.config.rms_norm_eps
+        with jax.named_scope("attention"):
+            x_BTD = rms_norm(h_BTD, self.input_norm_LD.values[...], layer, eps=eps)
+            latent_BTQ = self.attention.query_latent(layer, x_BTD)
+            cache = cache.append(layer, self.attention.row(layer, x_BTD, rope), step)
+            if index.indexer == "full":
+                with jax.named_scope("indexer"):
+                    ordinal = index.index_ordinal
+                    cache = cache.append_index(ordinal, self.indexer.key(ordinal, x_BTD, rope), step)
+                    if forced is None:
+                        query = self.indexer.query(ordinal, latent_BTQ, x_BTD, rope)
+                        selected_BTK = cache.select(ordinal, *query, step, self.config.index_topk)
+            if forced is not None:
+                selected_BTK = forced.selected_BTK
+            attention_BTD = self.attention(layer, latent_BTQ, selected_BTK, cache, step, rope)
+            h_BTD = h_BTD + attention_BTD
+        with jax.named_scope("mlp"):
+            y_BTD = rms_norm(h_BTD, self.post_attention_norm_LD.values[...], layer, eps=eps)
+            choice_BTX = None
+            if index.mlp == "dense":
+                mlp_BTD = swiglu(y_BTD, self.dense_gate_up_L2FD.stack, self.dense_down_LDF.stack, index.mlp_ordinal)
+            else:
+                choice_BTX = None if forced is None else forced.choice_BTX
+                mlp_BTD, choice_BTX = self.experts(index.mlp_ordinal, y_BTD, real_BT, choice_BTX)
+            h_BTD = h_BTD + mlp_BTD
+        return LayerView(index, h_BTD, selected_BTK, choice_BTX, x_BTD, latent_BTQ, attention_BTD, mlp_BTD, cache)
+
+    def _norm(self, x: jax.Array, weight: Any) -> jax.Array:
+        return rms_norm(x, weight.values[...][None], 0, eps=self.config.rms_norm_eps)
+
+
+def _sizes(config: GlmConfig) -> dict[str, int]:
+    """The length of every letter that is the same throughout the model."""
+    return {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "E": config.n_routed_experts,
+        "N": config.num_attention_heads,
+        "Q": config.q_lora_rank,
+        "R": config.kv_lora_rank,
+        "H": config.qk_nope_head_dim,
+        "Y": config.qk_head_dim,
+        "O": config.v_head_dim,
+        "C": config.cache_row_dim,
+        "I": config.index_n_heads,
+        "J": config.index_head_dim,
+    }

@@ -1,0 +1,86 @@
+"""Cached rows of all layers: how they are stored, written and read."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from glmjax.pallas.stack import take
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """An arena of pages per layer, each page A rows of one width.
+
+    The contiguous cache is the arena with one page per sequence, so that every op is written for pages. What is stored
+    per row is this class's business alone: ops write and read rows in the model's dtype.
+
+    Attributes:
+        values_LGAC: stored rows.
+    """
+
+    values_LGAC: Any
+
+    @classmethod
+    def zeros(cls, layers: int, pages: int, page_size: int, width: int, dtype: Any) -> Rows:
+        """An empty arena."""
+        return cls(jnp.zeros((layers, pages, page_size, width), dtype))
+
+    @property
+    def page_size(self) -> int:
+        """A."""
+        return self.values_LGAC.shape[2]
+
+    @property
+    def width(self) -> int:
+        """C."""
+        return self.values_LGAC.shape[3]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored row."""
+        return self.width * self.values_LGAC.dtype.itemsize
+
+    def append(self, layer: jax.Array, rows_BTC: jax.Array, slots_BT: jax.Array) -> Rows:
+        """With new rows written: one branch-free scatter, in place on a donated or carried arena.
+
+        Args:
+            layer: whose pages.
+            rows_BTC: the rows, converted to the stored dtype.
+            slots_BT: page · A + offset; a slot outside 0 .. G · A − 1 drops its row.
+        """
+        _, pages, page_size, _ = self.values_LGAC.shape
+        dropped_BT = (slots_BT < 0) | (slots_BT >= pages * page_size)
+        page_BT = jnp.where(dropped_BT, pages, slots_BT // page_size)
+        stored = rows_BTC.astype(self.values_LGAC.dtype)
+        return Rows(self.values_LGAC.at[layer, page_BT, slots_BT % page_size].set(stored, mode="drop"))
+
+    def of_sequences(self, layer: jax.Array, pages_BM: jax.Array | None) -> jax.Array:
+        """All rows of each sequence in order, [B, S, C] with S = M · A.
+
+        Args:
+            layer: whose pages.
+            pages_BM: each sequence's pages, or None where page b is sequence b's only one: then it is a view.
+        """
+        layer_GAC = take(self.values_LGAC, lax.optimization_barrier(jnp.asarray(layer, jnp.int32)))
+        if pages_BM is None:
+            return layer_GAC
+        batch, pages = pages_BM.shape
+        return layer_GAC[pages_BM].reshape(batch, pages * self.page_size, self.width)
+
+    def gather(self, layer: jax.Array, pages_BM: jax.Array | None, position_BTK: jax.Array) -> jax.Array:
+        """The rows at positions of each sequence, [B, T, K, C]; nothing else is read."""
+        layers, pages, page_size, width = self.values_LGAC.shape
+        sequence_B11 = jnp.arange(position_BTK.shape[0], dtype=jnp.int32)[:, None, None]
+        page_BTK = sequence_B11 if pages_BM is None else pages_BM[sequence_B11, position_BTK // page_size]
+        row_BTK = (jnp.asarray(layer, jnp.int32) * pages + page_BTK) * page_size + position_BTK % page_size
+        return self.values_LGAC.reshape(layers * pages * page_size, width)[row_BTK]
+
+    def capacity(self, pages_BM: jax.Array | None) -> int:
+        """S, rows a sequence can have."""
+        return self.page_size * (1 if pages_BM is None else pages_BM.shape[1])
