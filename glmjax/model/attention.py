@@ -59,18 +59,19 @@ class Attention(nnx.Module):
         )
         return jnp.concatenate([latent_BTR, rope.rotate(kv_BTC[..., width:])], axis=-1)
 
+    def query(self, layer: Any, latent_BTQ: jax.Array, rope: Rope) -> jax.Array:
+        """Absorbed queries [B, T, N, C]: [K_hᵀ q_nope | rotated q_rope]."""
+        q_BTNY = project("BTQ,NYQ->BTNY", latent_BTQ, self.q_b_LNYQ.stack, layer)
+        q_nope_BTNH, q_rope_BTNP = jnp.split(q_BTNY, [self.config.qk_nope_head_dim], axis=-1)
+        q_BTNR = project("BTNH,NHR->BTNR", q_nope_BTNH, self.k_b_LNHR.stack, layer)
+        return jnp.concatenate([q_BTNR, rope.rotate(q_rope_BTNP)], axis=-1)
+
     def __call__(
         self, layer: Any, latent_BTQ: jax.Array, selected_BTK: jax.Array, cache: Cache, step: Step, rope: Rope
     ) -> jax.Array:
         """Attend to the selected rows of the cache, which already holds the tokens' own; [B, T, D]."""
-        config = self.config
-        q_BTNY = project("BTQ,NYQ->BTNY", latent_BTQ, self.q_b_LNYQ.stack, layer)
-        q_nope_BTNH, q_rope_BTNP = jnp.split(q_BTNY, [config.qk_nope_head_dim], axis=-1)
-        q_BTNR = project("BTNH,NHR->BTNR", q_nope_BTNH, self.k_b_LNHR.stack, layer)
-        q_BTNC = jnp.concatenate([q_BTNR, rope.rotate(q_rope_BTNP)], axis=-1)
-        o_BTNR = cache.attend(
-            layer, q_BTNC, selected_BTK, step, scale=config.softmax_scale, value_width=config.kv_lora_rank
-        )
+        q_BTNC, width = self.query(layer, latent_BTQ, rope), self.config.kv_lora_rank
+        o_BTNR = cache.attend(layer, q_BTNC, selected_BTK, step, scale=self.config.softmax_scale, value_width=width)
         o_BTNO = project("BTNR,NOR->BTNO", o_BTNR, self.v_b_LNOR.stack, layer)
         out_BTD = project("BTNO,DNO->BTD", o_BTNO, self.o_LDNO.stack, layer)
         return out_BTD if self.o_bias_LD is None else out_BTD + self.o_bias_LD.at(layer)

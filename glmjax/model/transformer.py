@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ class LayerView:
         attention_BTD: the attention's contribution.
         mlp_BTD: the MLP's or experts' contribution.
         cache: the cache after the layer wrote its rows.
+        step: of the forward, as this layer sees it.
+        rope: rotary tables of the tokens.
     """
 
     index: LayerIndex
@@ -49,6 +51,8 @@ class LayerView:
     attention_BTD: jax.Array
     mlp_BTD: jax.Array
     cache: Any
+    step: Step
+    rope: Rope
 
 
 Observer = Callable[[LayerView], Any]
@@ -67,6 +71,22 @@ class Forced:
 
     selected_BTK: jax.Array
     choice_BTX: jax.Array | None = None
+
+
+class Hidden(NamedTuple):
+    """What a forward comes back with.
+
+    Attributes:
+        hidden_BTD: after the final norm; what `Transformer.head` takes.
+        cache: with the tokens' rows.
+        observed: what the observer kept, an entry per layer.
+        selected_BTK: the selection of the last layer.
+    """
+
+    hidden_BTD: jax.Array
+    cache: Any
+    observed: tuple[Any, ...]
+    selected_BTK: jax.Array
 
 
 class Mtp(nnx.Module):
@@ -137,7 +157,7 @@ class Transformer(nnx.Module):
         observe: Observer | None = None,
         forced: tuple[Forced, ...] | None = None,
         remat: bool = False,
-    ) -> tuple[jax.Array, Cache, tuple[Any, ...]]:
+    ) -> Hidden:
         """All decoder layers and the final norm.
 
         Args:
@@ -147,9 +167,6 @@ class Transformer(nnx.Module):
             observe: looks at every layer; what it returns comes back, one entry per layer.
             forced: choices per layer to take instead of the layers' own.
             remat: recompute layers in the backward pass instead of keeping their intermediates.
-
-        Returns:
-            Hidden states [B, T, D] after the final norm, the cache, and what was observed.
         """
         rope = Rope.at(step.positions_BT, self.config.qk_rope_head_dim, self.config.rope_theta)
         real_BT = step.positions_BT >= 0
@@ -161,9 +178,9 @@ class Transformer(nnx.Module):
         if forced is not None:  # choices differ per layer: no scan
             for index in (i for s in segments(self.config) for n in range(s.repeats) for i in s.at(n)):
                 view = self._layer(index, h_BTD, selected_BTK, cache, step, rope, real_BT, forced[index.layer])
-                h_BTD, cache = view.hidden_BTD, view.cache
+                h_BTD, selected_BTK, cache = view.hidden_BTD, view.selected_BTK, view.cache
                 observed.append(observe(view) if observe else None)
-            return self._norm(h_BTD, self.norm_D), cache, tuple(observed)
+            return Hidden(self._norm(h_BTD, self.norm_D), cache, tuple(observed), selected_BTK)
 
         for segment in segments(self.config):
 
@@ -180,7 +197,7 @@ class Transformer(nnx.Module):
             carry = (jnp.int32(0), h_BTD, selected_BTK, cache)
             (_, h_BTD, selected_BTK, cache), seen = lax.scan(body, carry, length=segment.repeats)
             observed += [jax.tree.map(lambda x, n=n: x[n], layer) for n in range(segment.repeats) for layer in seen]
-        return self._norm(h_BTD, self.norm_D), cache, tuple(observed)
+        return Hidden(self._norm(h_BTD, self.norm_D), cache, tuple(observed), selected_BTK)
 
     def draft(
         self,
@@ -190,7 +207,8 @@ class Transformer(nnx.Module):
         step: Step,
         *,
         selected_BTK: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache, jax.Array]:
+        observe: Observer | None = None,
+    ) -> Hidden:
         """The MTP layer: row p, made of token p and the hidden state of p − 1, predicts token p + 1.
 
         The textbook's slot t is row t + 1 here. Applied again, with its own output as `previous_BTD`, it drafts further.
@@ -201,9 +219,10 @@ class Transformer(nnx.Module):
             cache: with rows for the MTP layer.
             step: of the tokens, as for `backbone`.
             selected_BTK: positions to attend to instead of choosing (`index_share_for_mtp_iteration`).
+            observe: looks at the layer.
 
-        Returns:
-            Hidden states [B, T, D] for `head`, the cache, and the selection.
+        Raises:
+            ValueError: the model has no MTP layer.
         """
         config, mtp = self.config, self.mtp
         if mtp is None:
@@ -220,7 +239,8 @@ class Transformer(nnx.Module):
             forced = None if selected_BTK is None else Forced(selected_BTK)
             index = mtp_index(config)
             view = self._layer(index, h_BTD, None, cache, step, rope, step.positions_BT >= 0, forced)
-            return self._norm(view.hidden_BTD, mtp.norm_D), view.cache, view.selected_BTK
+            observed = (observe(view),) if observe else ()
+            return Hidden(self._norm(view.hidden_BTD, mtp.norm_D), view.cache, observed, view.selected_BTK)
 
     def _layer(
         self,
@@ -259,7 +279,19 @@ class Transformer(nnx.Module):
                 choice_BTX = None if forced is None else forced.choice_BTX
                 mlp_BTD, choice_BTX = self.experts(index.mlp_ordinal, y_BTD, real_BT, choice_BTX)
             h_BTD = h_BTD + mlp_BTD
-        return LayerView(index, h_BTD, selected_BTK, choice_BTX, x_BTD, latent_BTQ, attention_BTD, mlp_BTD, cache)
+        return LayerView(
+            index=index,
+            hidden_BTD=h_BTD,
+            selected_BTK=selected_BTK,
+            choice_BTX=choice_BTX,
+            normed_BTD=x_BTD,
+            latent_BTQ=latent_BTQ,
+            attention_BTD=attention_BTD,
+            mlp_BTD=mlp_BTD,
+            cache=cache,
+            step=step,
+            rope=rope,
+        )
 
     def _norm(self, x: jax.Array, weight: Any) -> jax.Array:
         return rms_norm(x, weight.values[...][None], 0, eps=self.config.rms_norm_eps)

@@ -32,8 +32,8 @@ from typing import Any
 CHECKED = ("glmjax.pallas.rms_norm_mosaic",)
 """Modules whose `checks()` the command runs; append yours."""
 
-TOOLKIT = "/usr/local/cuda"
-"""Where XLA and this module look for CUDA's compilers if nothing else is said."""
+TOOLKITS = (Path("/usr/local/cuda"), Path("/opt/cuda"))
+"""Where CUDA's compilers are looked for, beside the plugin's own folder."""
 
 SHARED_MEMORY = 232_448
 """Bytes of shared memory that a thread block may have on Hopper."""
@@ -176,15 +176,19 @@ def compile_for_h200(
       devices: GPUs of one machine.
       donate_argnums: as for `jax.jit`.
       name: of the report; default the function's.
-      dump: folder in which PTX, HLO and Mosaic's intermediate code are left; default none.
+      dump: new or empty folder in which PTX, HLO and Mosaic's intermediate code are left; default none.
 
     Raises:
-      RuntimeError: the plugin or `ptxas` is missing.
+      RuntimeError: the plugin, `ptxas` or libdevice is missing.
+      ValueError: the dump's folder has something in it, which would be taken for this compilation's.
     """
+    if dump and dump.exists() and any(dump.iterdir()):
+        raise ValueError(f"dump folder {dump} is not empty; remove it or name another")
+
     import jax
     from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-    _put_ptxas_on_path()
+    _find_toolkit()
     replicated = NamedSharding(h200_mesh(devices), PartitionSpec())
 
     def placed(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -334,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # before the first use of a device, or the plugin looks for a GPU
     try:
-        _put_ptxas_on_path()
+        _find_toolkit()
         h200_mesh()
     except RuntimeError as error:
         sys.exit(str(error))
@@ -361,19 +365,21 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if problems else 0
 
 
-def _put_ptxas_on_path() -> None:
-    """XLA looks for `ptxas` beside its libdevice and on PATH, Mosaic on PATH only."""
-    if shutil.which("ptxas"):
-        return
-    roots = [os.environ.get("CUDA_ROOT"), TOOLKIT, *(os.path.join(p, "nvidia", "cu13") for p in sys.path)]
-    for folder in (Path(root) / "bin" for root in roots if root):
-        if (folder / "ptxas").exists():
-            os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{folder}"
-            return
-    raise RuntimeError(
-        "ptxas is neither on PATH nor under /usr/local/cuda; install the CUDA 13.0 toolkit, or "
-        "`pip install --no-deps --target .aot nvidia-cuda-nvcc==13.0.* nvidia-nvvm==13.0.*` and set PYTHONPATH=.aot"
-    )
+def _find_toolkit() -> None:
+    """Put `ptxas` on PATH, where alone Mosaic looks for it; without libdevice Mosaic would abort the process."""
+    wheels = [Path(p) / "nvidia" / "cu13" for p in sys.path if (Path(p) / "jax_plugins").exists()]
+    roots = [*TOOLKITS, *wheels]  # where XLA and Mosaic look for libdevice
+    if not shutil.which("ptxas"):
+        found = [str(root / "bin") for root in roots if (root / "bin" / "ptxas").exists()]
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), *found])
+    missing = [] if shutil.which("ptxas") else ["ptxas"]
+    if not any((root / "nvvm" / "libdevice" / "libdevice.10.bc").exists() for root in roots):
+        missing.append("libdevice")
+    if missing:
+        raise RuntimeError(
+            f"no {' and no '.join(missing)} of CUDA 13; install its toolkit in {TOOLKITS[0]}, or beside JAX's CUDA plugin "
+            "`pip install --no-deps --target .aot nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88`"
+        )
 
 
 @contextlib.contextmanager

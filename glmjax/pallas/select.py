@@ -59,4 +59,4 @@ def index_scores(
     """Sum over index heads of weight · relu(q · k · J^-0.5), float32; visibility is not applied."""
     dots_BTIS = einsum("BTIJ,BSJ->BTIS", q_BTIJ, keys_BSJ, out=jnp.float32)
     active_BTIS = jax.nn.relu(dots_BTIS * q_BTIJ.shape[-1] ** -0.5)
-    return einsum("BTIS,BTI->BTS", active_BTIS, head_weights_BTI, out=jnp.float32)
+    return jnp.sum(active_BTIS * head_weights_BTI[..., None], axis=2)  # fused; as a product it would be many small ones

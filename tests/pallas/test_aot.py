@@ -91,11 +91,11 @@ def test_a_kernel_of_xla_does_not_pass_for_one_of_mosaic():
 
 def test_the_table_has_a_line_for_each_mosaic_kernel_and_one_for_xla():
     lines = aot.table([REPORT, Report("constant", (), 0, 4, 0, 0, 0.1)]).splitlines()
-    assert [line.split() for line in lines] == [
-        "check kernel registers spills stack shared arguments temporaries aliased seconds".split(),
-        "norm rms_norm 80 0 0 2,049 970,756 4 0 0.4".split(),
-        "1 of XLA, most 255 152 48 48".split(),
-        "constant none 0 0 0 0.1".split(),
+    assert [" ".join(line.split()) for line in lines] == [
+        "check kernel registers spills stack shared arguments temporaries aliased seconds",
+        "norm rms_norm 80 0 0 2,049 970,756 4 0 0.4",
+        "1 of XLA, most 255 152 48 48",
+        "constant none 0 0 0 0.1",
     ]
     assert len({len(line) for line in lines[:2] + lines[3:]}) == 1
 
@@ -113,7 +113,7 @@ def checks(monkeypatch):
     monkeypatch.setitem(sys.modules, "declared", SimpleNamespace(checks=lambda: declared))
     monkeypatch.setattr(aot, "compile_for_h200", compile_for_h200)
     monkeypatch.setattr(aot, "h200_mesh", lambda: None)
-    monkeypatch.setattr(aot, "_put_ptxas_on_path", lambda: None)
+    monkeypatch.setattr(aot, "_find_toolkit", lambda: None)
     return declared
 
 
@@ -135,37 +135,50 @@ def test_the_command_fails_naming_what_exceeded_and_still_runs_the_other_checks(
 
 
 def test_without_the_plugin_the_command_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(aot, "_put_ptxas_on_path", lambda: None)
+    monkeypatch.setattr(aot, "_find_toolkit", lambda: None)
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
     aot._topology.cache_clear()
     with pytest.raises(SystemExit, match="make compile-check"):
         aot.main([])
 
 
-def test_ptxas_is_found_beside_the_plugin(tmp_path, monkeypatch):
-    binary = tmp_path / "nvidia" / "cu13" / "bin" / "ptxas"
-    binary.parent.mkdir(parents=True)
-    binary.write_text("#!/bin/sh\n")
-    binary.chmod(0o755)
+def test_the_toolkit_is_found_beside_the_plugin_or_asked_for(tmp_path, monkeypatch):
+    root = tmp_path / "nvidia" / "cu13"
+    ptxas, libdevice = root / "bin" / "ptxas", root / "nvvm" / "libdevice" / "libdevice.10.bc"
+    for path in (ptxas, libdevice, tmp_path / "jax_plugins"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o755)
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setenv("CUDA_ROOT", str(tmp_path / "none"))
+    monkeypatch.setattr(aot, "TOOLKITS", (tmp_path / "none",))
     monkeypatch.setattr(aot.sys, "path", [str(tmp_path)])
-    monkeypatch.setattr(aot, "TOOLKIT", str(tmp_path / "none"))
-    aot._put_ptxas_on_path()
-    assert os.environ["PATH"] == f"/nowhere{os.pathsep}{binary.parent}"
+    aot._find_toolkit()
+    assert os.environ["PATH"] == f"/nowhere{os.pathsep}{ptxas.parent}"
+    libdevice.unlink()
+    with pytest.raises(RuntimeError, match=r"no libdevice of CUDA 13.*nvidia-nvvm"):
+        aot._find_toolkit()
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(aot.sys, "path", [])
-    with pytest.raises(RuntimeError, match="nvidia-cuda-nvcc"):
-        aot._put_ptxas_on_path()
+    ptxas.unlink()
+    with pytest.raises(RuntimeError, match=r"no ptxas and no libdevice of CUDA 13.*nvidia-cuda-nvcc"):
+        aot._find_toolkit()
+
+
+def test_an_older_dump_is_not_taken_for_this_one(tmp_path):
+    (tmp_path / "rms_norm_0.ptxas").write_text(MOSAIC_LOG)
+    with pytest.raises(ValueError, match="is not empty; remove it or name another"):
+        aot.compile_for_h200(len, dump=tmp_path)
 
 
 def test_what_compilers_print_is_shown_only_if_they_fail(tmp_path, capfd):
-    with aot._native_stderr(tmp_path / "log"):
-        os.write(2, b"noise")
+    def compile_and(reason):
+        with aot._native_stderr(tmp_path / "log"):
+            os.write(2, b"reason")
+            if reason:
+                raise reason
+
+    compile_and(None)
     assert capfd.readouterr().err == ""
-    with pytest.raises(KeyError), aot._native_stderr(tmp_path / "log"):
-        os.write(2, b"reason")
-        raise KeyError
+    with pytest.raises(KeyError):
+        compile_and(KeyError())
     assert capfd.readouterr().err == "reason"
 
 

@@ -1,0 +1,137 @@
+"""A training run: stages of steps, checkpoints from which it goes on exactly, a log, and the exported model."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from tqdm import tqdm
+
+from glmjax.model.config import GlmConfig
+from glmjax.model.transformer import Transformer
+from glmjax.training.data import Tokens, training_batches
+from glmjax.training.recipe import Recipe, TrainState, start, train_step
+
+
+class Run:
+    """One run in one folder; constructed again over the same folder it resumes where the last checkpoint was.
+
+    Args:
+        folder: for checkpoints and ``log.jsonl``, one line of losses per `log_every` steps.
+        config: the model to train.
+        recipe: how; a folder's recipe must not change between sessions.
+        tokens: the corpus.
+        keep_every: steps between checkpoints.
+        log_every: steps between lines of the log.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: GlmConfig,
+        recipe: Recipe,
+        tokens: Tokens,
+        *,
+        keep_every: int = 50,
+        log_every: int = 10,
+    ):
+        self.folder, self.recipe, self.tokens = folder, recipe, tokens
+        self.keep_every, self.log_every = keep_every, log_every
+        folder.mkdir(parents=True, exist_ok=True)
+        self._settle_recipe(config)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self._checkpoints = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+        model = Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(recipe.seed))
+        self.state = start(model, recipe)
+        self._batches_state: Any = None
+        if (latest := self._checkpoints.latest_step()) is not None:
+            self._restore(latest)
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.state.step)
+
+    def train(self, until: int | None = None) -> TrainState:
+        """Go on to step `until`, default the recipe's end; a checkpoint is kept there and every `keep_every` steps."""
+        until = self.recipe.steps if until is None else min(until, self.recipe.steps)
+        advance = jax.jit(train_step, static_argnames="recipe", donate_argnums=0)
+        with tqdm(total=self.recipe.steps, initial=self.step, unit="step", disable=None) as bar:
+            for batches, end in self._stages():
+                began, seen = time.perf_counter(), 0
+                while (step := self.step) < min(end, until):
+                    batch = next(batches)
+                    seen += batch["ids_BT"].size
+                    self.state, out, norm = advance(
+                        self.state, jnp.asarray(batch["ids_BT"]), jnp.asarray(batch["start_BT"]), recipe=self.recipe
+                    )
+                    if (step + 1) % self.log_every == 0 or step + 1 == until:
+                        jax.block_until_ready(self.state)
+                        self._log(step + 1, out, norm, seen / (time.perf_counter() - began))
+                        began, seen = time.perf_counter(), 0
+                        bar.set_postfix(loss=f"{float(out.next_token):.3f}", mtp=f"{float(out.mtp):.3f}")
+                    bar.update()
+                    self._batches_state = batches.get_state()
+                    if (step + 1) % self.keep_every == 0 or step + 1 in (end, until):
+                        self._save()
+        return self.state
+
+    def _stages(self) -> Iterator[tuple[Any, int]]:
+        """Each stage's batches, those done skipped, and the step at which it ends. Every stage has its own order."""
+        begin = 0
+        for number, stage in enumerate(self.recipe.stages):
+            end = begin + stage.steps
+            if self.step < end:
+                seed = self.recipe.seed + 1000 * number
+                batches = iter(
+                    training_batches(self.tokens, batch_size=stage.batch_size, seq_len=stage.seq_len, seed=seed)
+                )
+                if self.step > begin:
+                    batches.set_state(self._batches_state)
+                yield batches, end
+            begin = end
+
+    def _save(self) -> None:
+        leaves = jax.tree.leaves(self.state)
+        items = {"state": ocp.args.StandardSave(leaves), "data": ocp.args.JsonSave(self._batches_state)}
+        self._checkpoints.save(self.step, args=ocp.args.Composite(**items))
+
+    def _restore(self, step: int) -> None:
+        leaves, tree = jax.tree.flatten(self.state)
+        abstract = [ocp.utils.to_shape_dtype_struct(leaf) for leaf in leaves]
+        items = {"state": ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore()}
+        kept = self._checkpoints.restore(step, args=ocp.args.Composite(**items))
+        self.state, self._batches_state = jax.tree.unflatten(tree, kept["state"]), kept["data"]
+
+    def _settle_recipe(self, config: GlmConfig) -> None:
+        """Write the recipe of a new folder; refuse an old one that was begun with another."""
+        said = {"recipe": repr(self.recipe), "config": repr(config)}
+        file = self.folder / "recipe.json"
+        if file.exists() and (found := json.loads(file.read_text())) != said:
+            changed = [key for key in said if found.get(key) != said[key]]
+            raise ValueError(
+                f"{self.folder} was begun with another {' and '.join(changed)}; go on with that one, or use a new folder"
+            )
+        file.write_text(json.dumps(said, indent=1))
+
+    def _log(self, step: int, out: Any, norm: jax.Array, tokens_per_second: float) -> None:
+        load_LE = np.asarray(out.load_LE)
+        line = {
+            "step": step,
+            "next_token": round(float(out.next_token), 4),
+            "mtp": round(float(out.mtp), 4),
+            "indexer_kl": round(float(out.indexer), 5),
+            "grad_norm": round(float(norm), 4),
+            "busiest_expert": round(float(load_LE.max()) * load_LE.shape[1], 3),
+            "tokens_per_second": round(tokens_per_second, 1),
+        }
+        with (self.folder / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
