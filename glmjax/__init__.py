@@ -1,1 +1,52 @@
-"""glmjax: GLM-5-class models in JAX."""
+"""glmjax: GLM-5-class models in JAX.
+
+    import glmjax
+    glm = glmjax.load()                      # the model in the box; or a checkpoint's directory
+    for token in glm.generate("def fibonacci(n):", temperature=0, max_new_tokens=64):
+        print(token.text, end="", flush=True)
+
+The public names are imported when they are first used, so that ``import glmjax`` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from glmjax.decoding import Generation, Statistics, Token
+    from glmjax.glm import GLM, Output, Trace, load
+    from glmjax.model.config import ConfigError, GlmConfig
+    from glmjax.model.sampling_params import SamplingParams
+    from glmjax.model.shards import CheckpointError
+
+_WHERE = {
+    "load": "glmjax.glm",
+    "GLM": "glmjax.glm",
+    "Output": "glmjax.glm",
+    "Trace": "glmjax.glm",
+    "Generation": "glmjax.decoding",
+    "Statistics": "glmjax.decoding",
+    "Token": "glmjax.decoding",
+    "SamplingParams": "glmjax.model.sampling_params",
+    "GlmConfig": "glmjax.model.config",
+    "ConfigError": "glmjax.model.config",
+    "CheckpointError": "glmjax.model.shards",
+}
+__all__ = [  # noqa: RUF022 (in order of importance)
+    "load",
+    "GLM",
+    "SamplingParams",
+    "Generation",
+    "Token",
+    "Statistics",
+    "Output",
+    "Trace",
+    "GlmConfig",
+    "ConfigError",
+    "CheckpointError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'glmjax' has no attribute {name!r}")

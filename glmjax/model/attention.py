@@ -46,7 +46,7 @@ class Attention(nnx.Module):
         q_BTQ = project("BTD,QD->BTQ", x_BTD, self.q_a_LQD.stack, layer)
         if self.q_a_bias_LQ is not None:
             q_BTQ = q_BTQ + self.q_a_bias_LQ.at(layer)
-        return rms_norm(q_BTQ, self.q_a_norm_LQ.values[...], layer, eps=self.config.latent_norm_eps)
+        return rms_norm(q_BTQ, self.q_a_norm_LQ.array, layer, eps=self.config.latent_norm_eps)
 
     def row(self, layer: Any, x_BTD: jax.Array, rope: Rope) -> jax.Array:
         """What is cached, [B, T, C]: the normed latent, then the rotated key that all heads share."""
@@ -54,9 +54,7 @@ class Attention(nnx.Module):
         kv_BTC = project("BTD,CD->BTC", x_BTD, self.kv_a_LCD.stack, layer)
         if self.kv_a_bias_LC is not None:
             kv_BTC = kv_BTC + self.kv_a_bias_LC.at(layer)
-        latent_BTR = rms_norm(
-            kv_BTC[..., :width], self.kv_a_norm_LR.values[...], layer, eps=self.config.latent_norm_eps
-        )
+        latent_BTR = rms_norm(kv_BTC[..., :width], self.kv_a_norm_LR.array, layer, eps=self.config.latent_norm_eps)
         return jnp.concatenate([latent_BTR, rope.rotate(kv_BTC[..., width:])], axis=-1)
 
     def query(self, layer: Any, latent_BTQ: jax.Array, rope: Rope) -> jax.Array:

@@ -11,7 +11,7 @@ no clean-up, their rows are overwritten before they can be seen.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ class Step:
         return dataclasses.replace(self, first_BT=self.first_BT + 1)
 
 
+@runtime_checkable
 class Cache(Protocol):
     """What the network calls. Caches are frozen pytrees: writing returns the next one, reading returns results."""
 
@@ -56,11 +57,11 @@ class Cache(Protocol):
         """Plan a forward: where these tokens' rows go and what they see."""
         ...
 
-    def append(self, layer: Any, rows_BTC: jax.Array, step: Step) -> Self:
+    def append(self, layer: Any, rows_BTC: jax.Array, step: Step) -> Cache:
         """Write latent rows of a layer."""
         ...
 
-    def append_index(self, ordinal: Any, keys_BTJ: jax.Array, step: Step) -> Self:
+    def append_index(self, ordinal: Any, keys_BTJ: jax.Array, step: Step) -> Cache:
         """Write index keys; `ordinal` counts the layers that have an indexer."""
         ...
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,10 +119,8 @@ class GlmConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         for field in dataclasses.fields(self):
-            if field.type == "int" and field.name != "num_nextn_predict_layers":
-                self._require(getattr(self, field.name) > 0, field.name, "must be positive")
-        for field in ("rms_norm_eps", "latent_norm_eps", "index_norm_eps", "rope_theta"):
-            self._require(getattr(self, field) > 0, field, "must be positive")
+            if field.type in ("int", "float") and field.name != "num_nextn_predict_layers":
+                self._require(0 < getattr(self, field.name) < math.inf, field.name, "must be positive and finite")
         self._require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "must be even: rotary pairs")
         self._require(
             self.index_head_dim >= self.qk_rope_head_dim,
@@ -145,26 +144,16 @@ class GlmConfig:
             "n_group",
             "leaves one expert a group, but a group's score is the sum of its best two",
         )
-        for field, allowed in (("mlp_layer_types", ("dense", "sparse")), ("indexer_types", ("full", "shared"))):
-            kinds = getattr(self, field)
-            self._require(
-                len(kinds) == self.num_hidden_layers,
-                field,
-                f"must name {self.num_hidden_layers} layers, names {len(kinds)}",
-            )
-            for layer, kind in enumerate(kinds):
-                if kind not in allowed:
-                    raise ConfigError(f"{field}[{layer}] is {kind!r}; it must be one of {', '.join(allowed)}")
-        self._require(
-            self.indexer_types[0] == "full",
-            "indexer_types",
-            "must start with a full layer: no selection precedes layer 0",
-        )
+        for field in ("mlp_layer_types", "indexer_types"):
+            named = len(getattr(self, field))
+            rule = f"must name {self.num_hidden_layers} layers, names {named}"
+            self._require(named == self.num_hidden_layers, field, rule)
+        if self.indexer_types[0] != "full":
+            raise ConfigError("indexer_types[0] is 'shared'; it must be full: no selection precedes layer 0")
         self._require(self.num_nextn_predict_layers in (0, 1), "num_nextn_predict_layers", "must be 0 or 1")
-        for token in self.eos_token_id:
-            self._require(
-                0 <= token < self.vocab_size, "eos_token_id", f"must lie in the vocabulary, 0..{self.vocab_size - 1}"
-            )
+        inside = f"must lie in the vocabulary, 0..{self.vocab_size - 1}"
+        self._require(all(0 <= token < self.vocab_size for token in self.eos_token_id), "eos_token_id", inside)
+        self._require(self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size, "pad_token_id", inside)
 
     def _require(self, holds: bool, field: str, rule: str) -> None:
         if not holds:
@@ -195,13 +184,14 @@ class GlmConfig:
         """Read the published form.
 
         Args:
-            raw: the parsed ``config.json``. Unknown keys are ignored, as is ``head_dim`` (published values of it are
-                unreliable) and ``indexer_rope_interleave`` (the indexer's rope is always interleaved, as in Hugging
-                Face).
+            raw: the parsed ``config.json``; null is the same as absent. Unknown keys are ignored, as are ``head_dim``
+                (published values of it are unreliable) and ``indexer_rope_interleave`` (the indexer's rope is always
+                interleaved, as in Hugging Face).
 
         Raises:
             ConfigError: another model type, a missing field, or a value the model cannot work with.
         """
+        raw = _present(raw)
         if raw.get("model_type") != MODEL_TYPE:
             raise ConfigError(f"model_type is {raw.get('model_type')!r}; glmjax serves {MODEL_TYPE!r} only")
         fixed = {
@@ -210,27 +200,25 @@ class GlmConfig:
             "topk_method": "noaux_tc",
             "mlp_bias": False,
             "moe_layer_freq": 1,
+            "rope_interleave": True,
         }
         for field, only in fixed.items():
             if raw.get(field, only) != only:
                 raise ConfigError(f"{field} is {raw[field]!r}; only {only!r} is implemented, as GLM-5 uses it")
         own = {f.name: f for f in dataclasses.fields(cls)}
-        values = {k: v for k, v in raw.items() if k in own and v is not None}
-        layers = _integer(raw, "num_hidden_layers")
+        listed = ("mlp_layer_types", "indexer_types")
+        for name, field in own.items():
+            if field.default is dataclasses.MISSING and name not in raw and name not in listed:
+                raise ConfigError(f"{name} is missing from the configuration; every {MODEL_TYPE} checkpoint has it")
+        layers = _read(raw, "num_hidden_layers")
+        values = {f.name: _read(raw, f.name, f.type) for f in own.values() if f.name in raw and f.type in _TYPES}
         values |= {
             "mlp_layer_types": _mlp_types(raw, layers),
             "indexer_types": _indexer_types(raw, layers),
             "rope_theta": _rope_theta(raw),
-            "eos_token_id": _ids(raw.get("eos_token_id")),
-            "quantization": _quantization(raw.get("quantization_config")),
+            "eos_token_id": _ids(raw, "eos_token_id"),
+            "quantization": _quantization(raw),
         }
-        for field in own.values():
-            if field.name not in values and field.default is dataclasses.MISSING:
-                raise ConfigError(
-                    f"{field.name} is missing from the configuration; every {MODEL_TYPE} checkpoint has it"
-                )
-            if field.name in values and field.type == "int":
-                values[field.name] = _integer(values, field.name)
         return cls(**values)
 
     @classmethod
@@ -254,33 +242,61 @@ class GlmConfig:
         return cls.from_dict(raw)
 
 
-def _integer(raw: Mapping[str, Any], field: str) -> int:
-    value = raw.get(field)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{field} is {value!r}; it must be an integer")
-    return value
+def _present(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in raw.items() if value is not None}
+
+
+_TYPES: dict[str, tuple[Any, str]] = {
+    "int": (int, "an integer"),
+    "int | None": (int, "an integer"),
+    "float": (int | float, "a number"),
+    "bool": (bool, "true or false"),
+    "object": (Mapping, "an object"),
+    "list": (list | tuple, "a list with the kind of every layer"),
+}
+"""What JSON may hold for a field's type, and how to say so."""
+
+
+def _read(raw: Mapping[str, Any], field: str, kind: str = "int") -> Any:
+    (types, what), value = _TYPES[kind], raw[field]
+    if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
+        raise ConfigError(f"{field} is {value!r}; it must be {what}")
+    return float(value) if kind == "float" else value
+
+
+def _kinds(raw: Mapping[str, Any], field: str, allowed: tuple[str, ...]) -> tuple[Any, ...]:
+    kinds = _read(raw, field, "list")
+    for layer, kind in enumerate(kinds):
+        if kind not in allowed:
+            raise ConfigError(f"{field}[{layer}] is {kind!r}; it must be one of {', '.join(allowed)}")
+    return tuple(kinds)
 
 
 def _mlp_types(raw: Mapping[str, Any], layers: int) -> tuple[MlpKind, ...]:
     """The list where there is one, else dense × first_k_dense_replace, then sparse."""
-    if raw.get("mlp_layer_types") is not None:
-        return tuple(raw["mlp_layer_types"])
-    dense = min(_integer({"first_k_dense_replace": 3, **raw}, "first_k_dense_replace"), layers)
+    if "mlp_layer_types" in raw:
+        return _kinds(raw, "mlp_layer_types", ("dense", "sparse"))
+    dense = _read({"first_k_dense_replace": 3, **raw}, "first_k_dense_replace")
+    if dense < 0:
+        raise ConfigError(f"first_k_dense_replace is {dense}; it must not be negative")
+    dense = min(dense, layers)
     return ("dense",) * dense + ("sparse",) * (layers - dense)
 
 
 def _indexer_types(raw: Mapping[str, Any], layers: int) -> tuple[IndexerKind, ...]:
-    """The list; else the pattern "FSS…"; else frequency and offset, by which layer 0 is full always."""
-    if raw.get("indexer_types") is not None:
-        return tuple(raw["indexer_types"])
-    if raw.get("index_topk_pattern") is not None:
-        kinds = {"F": "full", "S": "shared"}
+    """The list; else the pattern "FSS…"; else frequency and offset."""
+    if "indexer_types" in raw:
+        return _kinds(raw, "indexer_types", ("full", "shared"))
+    if "index_topk_pattern" in raw:
         pattern = raw["index_topk_pattern"]
-        if not set(pattern) <= set(kinds):
-            raise ConfigError(f"index_topk_pattern is {pattern!r}; it must consist of F (full) and S (shared)")
-        return tuple(kinds[letter] for letter in pattern)
-    frequency = _integer({"index_topk_freq": 1, **raw}, "index_topk_freq")
-    offset = _integer({"index_skip_topk_offset": 2, **raw}, "index_skip_topk_offset")
+        if not isinstance(pattern, str) or not set(pattern) <= set("FS") or len(pattern) != layers:
+            raise ConfigError(
+                f"index_topk_pattern is {pattern!r}; it must be a string of {layers} letters, one per layer: "
+                "F (full) or S (shared)"
+            )
+        return tuple("full" if letter == "F" else "shared" for letter in pattern)
+    frequency = _read({"index_topk_freq": 1, **raw}, "index_topk_freq")
+    offset = _read({"index_skip_topk_offset": 2, **raw}, "index_skip_topk_offset")
     if frequency < 1:
         raise ConfigError(f"index_topk_freq is {frequency}; it must be positive")
     return tuple("full" if max(i - offset + 1, 0) % frequency == 0 else "shared" for i in range(layers))
@@ -288,31 +304,35 @@ def _indexer_types(raw: Mapping[str, Any], layers: int) -> tuple[IndexerKind, ..
 
 def _rope_theta(raw: Mapping[str, Any]) -> float:
     """``rope_parameters.rope_theta``, else ``rope_theta``, else 10000."""
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(f"rope_parameters.rope_type is {kind!r}; only 'default' is implemented, as GLM-5 uses it")
-    if raw.get("rope_interleave") is False:
-        raise ConfigError("rope_interleave is False; GLM-5's rope is interleaved")
-    return float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    parameters: dict[str, Any] = {}
+    for field in ("rope_scaling", "rope_parameters"):
+        parameters |= _present(_read({field: {}, **raw}, field, "object"))
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind != "default":
+            raise ConfigError(f"{field}.rope_type is {kind!r}; only 'default' is implemented, as GLM-5 uses it")
+    return _read({"rope_theta": 10000.0, **raw, **parameters}, "rope_theta", "float")
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+def _ids(raw: Mapping[str, Any], field: str) -> tuple[int, ...]:
+    value = raw.get(field, ())
+    if not isinstance(value, list | tuple):
+        return (_read(raw, field),)
+    return tuple(_read({f"{field}[{n}]": token}, f"{field}[{n}]") for n, token in enumerate(value))
 
 
-def _quantization(raw: Mapping[str, Any] | None) -> Fp8Format | None:
-    if raw is None:
+def _quantization(raw: Mapping[str, Any]) -> Fp8Format | None:
+    if "quantization_config" not in raw:
         return None
-    method, fmt = raw.get("quant_method"), raw.get("fmt", "e4m3")
+    stored = _present(_read(raw, "quantization_config", "object"))
+    method, fmt = stored.get("quant_method"), stored.get("fmt", "e4m3")
     if method != "fp8" or fmt != "e4m3":
         raise ConfigError(
             f"quantization_config has quant_method {method!r}, fmt {fmt!r}; fp8 with e4m3 is what can be read "
             "(or load the bf16 checkpoint)"
         )
-    block = raw.get("weight_block_size")
-    if block is None:
+    if "weight_block_size" not in stored:
         raise ConfigError("quantization_config has no weight_block_size; one scale per block is what can be read")
-    return Fp8Format(block=(int(block[0]), int(block[1])))
+    block = stored["weight_block_size"]
+    if not isinstance(block, list | tuple) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+        raise ConfigError(f"quantization_config.weight_block_size is {block!r}; it must be two positive integers")
+    return Fp8Format(block=(block[0], block[1]))

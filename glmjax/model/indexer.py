@@ -25,7 +25,7 @@ class Indexer(nnx.Module):
         self.k_LJD = declare.matrix("LJD", rows="J", columns="D")
         self.k_norm_LJ = declare.norm("LJ")
         self.k_norm_bias_LJ = declare.bias("LJ")
-        self.head_weights_LID = declare.plain("LID", fan_in="D")
+        self.head_weights_LID = declare.plain("LID", columns="D")
 
     def key(self, ordinal: jax.Array | int, x_BTD: jax.Array, rope: Rope) -> jax.Array:
         """The rows to cache, [B, T, J]: LayerNorm, then rope on the first P entries."""

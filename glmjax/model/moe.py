@@ -23,7 +23,7 @@ class Experts(nnx.Module):
         shared = declare.sized(L=layers, F=config.moe_intermediate_size * config.n_shared_experts)
         declare = declare.sized(L=layers, F=config.moe_intermediate_size)
         self.config = config
-        self.router_LED = declare.plain("LED", fan_in="D")
+        self.router_LED = declare.plain("LED", columns="D")
         self.router_bias_LE = declare.bias("LE", dtype=jnp.float32)
         self.gate_up_LE2FD = declare.matrix("LE2FD", rows="F", columns="D")
         self.down_LEDF = declare.matrix("LEDF", rows="D", columns="F", gain=gain)

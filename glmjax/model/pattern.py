@@ -76,7 +76,7 @@ def mtp_index(config: GlmConfig) -> LayerIndex:
 def segments(config: GlmConfig) -> tuple[Segment, ...]:
     """A cover of the layers by repeated periods that traces the fewest layers, then has the fewest segments.
 
-    GLM-5.2: three dense full layers, eighteen times (three shared, one full) sparse layers, three shared ones.
+    GLM-5.2: three dense full layers, three sparse shared ones, then eighteen times (one full, three shared).
     """
     kinds, indices = config.layers, layer_indices(config)
     total = len(kinds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from glmjax.model.config import GlmConfig
 from glmjax.model.indexer import Indexer
 from glmjax.model.layers import Rope, swiglu
 from glmjax.model.moe import Experts
-from glmjax.model.pattern import LayerIndex, mtp_index, segments
+from glmjax.model.pattern import LayerIndex, layer_indices, mtp_index, segments
 from glmjax.model.weights import Declare
 from glmjax.pallas.project import project
 from glmjax.pallas.rms_norm import rms_norm
@@ -93,7 +93,7 @@ class Mtp(nnx.Module):
     """What the MTP layer has beside a decoder layer (which is the last entry of the stacks)."""
 
     def __init__(self, declare: Declare):
-        self.projection_D2D = declare.plain("D2D", fan_in="2D")
+        self.projection_D2D = declare.plain("D2D", columns="2D")
         self.embedding_norm_D = declare.norm("D")
         self.hidden_norm_D = declare.norm("D")
         self.norm_D = declare.norm("D")
@@ -111,17 +111,19 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: GlmConfig, *, dtype: Any, rngs: nnx.Rngs, mtp: bool | None = None, fp8: bool = False):
+        if fp8 and config.quantization is None:
+            raise ValueError("fp8 is True, but the configuration has no quantization; set one, e.g. Fp8Format()")
         has_mtp = config.num_nextn_predict_layers > 0 if mtp is None else mtp
         extra = int(has_mtp)
         layers = config.num_hidden_layers + extra
         kinds = config.mlp_layer_types
         dense, sparse = kinds.count("dense"), kinds.count("sparse") + extra
-        block = config.quantization.block if fp8 and config.quantization else None
+        block = config.quantization.block if fp8 else None
         declare = Declare(_sizes(config), dtype, rngs, block).sized(L=layers)
         gain = (2 * layers) ** -0.5  # of what adds to the residual stream
 
         self.config = config
-        self.embed_VD = declare.plain("VD", fan_in="1")
+        self.embed_VD = declare.plain("VD", columns="D", gain=config.hidden_size**0.5)
         self.input_norm_LD = declare.norm("LD")
         self.post_attention_norm_LD = declare.norm("LD")
         self.attention = Attention(config, declare, layers)
@@ -130,7 +132,7 @@ class Transformer(nnx.Module):
         self.dense_down_LDF = declare.sized(L=dense).matrix("LDF", rows="D", columns="F", gain=gain) if dense else None
         self.experts = Experts(config, declare, sparse, gain) if sparse else None
         self.norm_D = declare.norm("D")
-        self.head_VD = None if config.tie_word_embeddings else declare.plain("VD", fan_in="D")
+        self.head_VD = None if config.tie_word_embeddings else declare.plain("VD", columns="D")
         self.mtp = Mtp(declare) if has_mtp else None
 
     @property
@@ -140,12 +142,12 @@ class Transformer(nnx.Module):
 
     def embed(self, ids_BT: jax.Array) -> jax.Array:
         """Token embeddings [B, T, D], unscaled."""
-        return self.embed_VD.values[...][ids_BT]
+        return self.embed_VD.array[ids_BT]
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32 of hidden states [B, T, D] after the final norm."""
         with jax.named_scope("head"):
-            weight = (self.head_VD or self.embed_VD).values[...]
+            weight = (self.head_VD or self.embed_VD).array
             return project("BTD,VD->BTV", hidden, Stack(weight[None]), 0, out=jnp.float32)
 
     def backbone(
@@ -155,7 +157,6 @@ class Transformer(nnx.Module):
         step: Step,
         *,
         observe: Observer | None = None,
-        forced: tuple[Forced, ...] | None = None,
         remat: bool = False,
     ) -> Hidden:
         """All decoder layers and the final norm.
@@ -165,22 +166,13 @@ class Transformer(nnx.Module):
             cache: holds the rows of earlier tokens; comes back with these tokens' rows.
             step: positions, from ``cache.step``.
             observe: looks at every layer; what it returns comes back, one entry per layer.
-            forced: choices per layer to take instead of the layers' own.
             remat: recompute layers in the backward pass instead of keeping their intermediates.
         """
-        rope = Rope.at(step.positions_BT, self.config.qk_rope_head_dim, self.config.rope_theta)
-        real_BT = step.positions_BT >= 0
+        rope = self._rope(step.positions_BT)
         kept = min(self.config.index_topk, cache.capacity)
         selected_BTK = jnp.full((*ids_BT.shape, kept), -1, jnp.int32)
         h_BTD = self.embed(ids_BT)
         observed: list[Any] = []
-
-        if forced is not None:  # choices differ per layer: no scan
-            for index in (i for s in segments(self.config) for n in range(s.repeats) for i in s.at(n)):
-                view = self._layer(index, h_BTD, selected_BTK, cache, step, rope, real_BT, forced[index.layer])
-                h_BTD, selected_BTK, cache = view.hidden_BTD, view.selected_BTK, view.cache
-                observed.append(observe(view) if observe else None)
-            return Hidden(self._norm(h_BTD, self.norm_D), cache, tuple(observed), selected_BTK)
 
         for segment in segments(self.config):
 
@@ -188,7 +180,7 @@ class Transformer(nnx.Module):
                 n, h_BTD, selected_BTK, cache = carry
                 seen = []
                 for index in segment.at(n):
-                    view = self._layer(index, h_BTD, selected_BTK, cache, step, rope, real_BT)
+                    view = self._layer(index, h_BTD, selected_BTK, cache, step, rope)
                     h_BTD, selected_BTK, cache = view.hidden_BTD, view.selected_BTK, view.cache
                     seen.append(observe(view) if observe else None)
                 return (n + 1, h_BTD, selected_BTK, cache), tuple(seen)
@@ -228,19 +220,34 @@ class Transformer(nnx.Module):
         if mtp is None:
             raise ValueError("this model has no MTP weights; load a checkpoint that has layer num_hidden_layers")
         step = step.mtp()
-        rope = Rope.at(step.positions_BT - 1, config.qk_rope_head_dim, config.rope_theta)
+        rope = self._rope(step.positions_BT - 1)
         with jax.named_scope("mtp"):
             embedded_BTD = self.embed(ids_BT)
             if config.mtp_zero_first_embedding:
                 embedded_BTD = jnp.where((step.positions_BT == step.first_BT)[..., None], 0, embedded_BTD)
             parts = [self._norm(embedded_BTD, mtp.embedding_norm_D), self._norm(previous_BTD, mtp.hidden_norm_D)]
             pair_BT2D = jnp.stack(parts, axis=2)
-            h_BTD = project("BTzD,EzD->BTE", pair_BT2D, Stack(mtp.projection_D2D.values[...][None]), 0)
+            h_BTD = project("BTzD,EzD->BTE", pair_BT2D, Stack(mtp.projection_D2D.array[None]), 0)
             forced = None if selected_BTK is None else Forced(selected_BTK)
             index = mtp_index(config)
-            view = self._layer(index, h_BTD, None, cache, step, rope, step.positions_BT >= 0, forced)
+            view = self._layer(index, h_BTD, None, cache, step, rope, forced)
             observed = (observe(view),) if observe else ()
             return Hidden(self._norm(view.hidden_BTD, mtp.norm_D), view.cache, observed, view.selected_BTK)
+
+    def each_layer(
+        self, hidden: Sequence[jax.Array], cache: Cache, step: Step, forced: Sequence[Forced]
+    ) -> Iterator[LayerView]:
+        """Every layer by itself, from a given input and with given choices: for comparing numerics layer by layer.
+
+        Args:
+            hidden: input [B, T, D] of each layer.
+            cache: of an own forward; the layers write into copies.
+            step: of the tokens.
+            forced: choices of each layer.
+        """
+        rope = self._rope(step.positions_BT)
+        for index, h_BTD, choices in zip(layer_indices(self.config), hidden, forced, strict=True):
+            yield self._layer(index, h_BTD, None, cache, step, rope, choices)
 
     def _layer(
         self,
@@ -250,13 +257,12 @@ class Transformer(nnx.Module):
         cache: Cache,
         step: Step,
         rope: Rope,
-        real_BT: jax.Array,
         forced: Forced | None = None,
     ) -> LayerView:
         """One decoder layer: norm, attention, norm, MLP or experts, each added to the residual stream."""
         layer, eps = index.layer, self.config.rms_norm_eps
         with jax.named_scope("attention"):
-            x_BTD = rms_norm(h_BTD, self.input_norm_LD.values[...], layer, eps=eps)
+            x_BTD = rms_norm(h_BTD, self.input_norm_LD.array, layer, eps=eps)
             latent_BTQ = self.attention.query_latent(layer, x_BTD)
             cache = cache.append(layer, self.attention.row(layer, x_BTD, rope), step)
             if index.indexer == "full":
@@ -271,13 +277,13 @@ class Transformer(nnx.Module):
             attention_BTD = self.attention(layer, latent_BTQ, selected_BTK, cache, step, rope)
             h_BTD = h_BTD + attention_BTD
         with jax.named_scope("mlp"):
-            y_BTD = rms_norm(h_BTD, self.post_attention_norm_LD.values[...], layer, eps=eps)
+            y_BTD = rms_norm(h_BTD, self.post_attention_norm_LD.array, layer, eps=eps)
             choice_BTX = None
             if index.mlp == "dense":
                 mlp_BTD = swiglu(y_BTD, self.dense_gate_up_L2FD.stack, self.dense_down_LDF.stack, index.mlp_ordinal)
             else:
                 choice_BTX = None if forced is None else forced.choice_BTX
-                mlp_BTD, choice_BTX = self.experts(index.mlp_ordinal, y_BTD, real_BT, choice_BTX)
+                mlp_BTD, choice_BTX = self.experts(index.mlp_ordinal, y_BTD, step.positions_BT >= 0, choice_BTX)
             h_BTD = h_BTD + mlp_BTD
         return LayerView(
             index=index,
@@ -293,8 +299,11 @@ class Transformer(nnx.Module):
             rope=rope,
         )
 
+    def _rope(self, positions_BT: jax.Array) -> Rope:
+        return Rope.at(positions_BT, self.config.qk_rope_head_dim, self.config.rope_theta)
+
     def _norm(self, x: jax.Array, weight: Any) -> jax.Array:
-        return rms_norm(x, weight.values[...][None], 0, eps=self.config.rms_norm_eps)
+        return rms_norm(x, weight.array[None], 0, eps=self.config.rms_norm_eps)
 
 
 def _sizes(config: GlmConfig) -> dict[str, int]:

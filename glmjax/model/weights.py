@@ -19,21 +19,40 @@ class Weight(nnx.Module):
 
     Attributes:
         letters: one letter per dimension (docs/architecture.md, Notation); also the logical axes for sharding.
+        columns: how many of the last letters are the columns of the checkpoint's matrix; 0 for a vector.
         block: elements per scale along each dimension, or () where it is not quantised.
         values: the array; uint8 holding e4m3fn bits where quantised.
         scale: float32, every dimension divided by its block (rounded up); None where not quantised.
     """
 
-    def __init__(self, letters: str, block: tuple[int, ...], values: jax.Array, scale: jax.Array | None):
+    def __init__(
+        self,
+        letters: str,
+        columns: int,
+        values: jax.Array,
+        block: tuple[int, ...] = (),
+        scale: jax.Array | None = None,
+    ):
         self.letters = letters
+        self.columns = columns
         self.block = block
         self.values = nnx.Param(values)
         self.scale = None if scale is None else nnx.Param(scale)
 
     @property
+    def array(self) -> Any:
+        """The values as a plain array; a `jax.ShapeDtypeStruct` in an abstract model."""
+        return self.values.get_value()
+
+    @property
+    def scales(self) -> Any:
+        """The scales as a plain array, or None."""
+        return None if self.scale is None else self.scale.get_value()
+
+    @property
     def stack(self) -> Stack:
         """What ops take."""
-        return Stack(self.values[...], None if self.scale is None else self.scale[...], self.block)
+        return Stack(self.array, self.scales, self.block)
 
     def at(self, *index: Any, dtype: Any = None) -> jax.Array:
         """The entry of a layer (or layer and expert), dequantised; see `Stack.at`."""
@@ -66,16 +85,22 @@ class Declare:
 
     def norm(self, letters: str) -> Weight:
         """A norm's factor, one at first."""
-        return Weight(letters, (), jnp.ones(self.shape(letters), self.dtype), None)
+        return Weight(letters, 0, jnp.ones(self.shape(letters), self.dtype))
 
     def bias(self, letters: str, dtype: Any = None) -> Weight:
         """An offset, zero at first."""
-        return Weight(letters, (), jnp.zeros(self.shape(letters), dtype or self.dtype), None)
+        return Weight(letters, 0, jnp.zeros(self.shape(letters), dtype or self.dtype))
 
-    def plain(self, letters: str, fan_in: str, gain: float = 1.0) -> Weight:
-        """A matrix that is never quantised; normal with standard deviation gain · (length of fan_in)^-0.5 at first."""
-        deviation = gain * math.prod(self.shape(fan_in)) ** -0.5
-        return Weight(letters, (), self._normal(letters, self.dtype) * jnp.asarray(deviation, self.dtype), None)
+    def plain(self, letters: str, columns: str, gain: float = 1.0) -> Weight:
+        """A matrix that is never quantised; normal at first.
+
+        Args:
+            letters: its dimensions.
+            columns: the last of them, over which a product sums.
+            gain: its initial standard deviation is gain · (length of columns)^-0.5.
+        """
+        deviation = gain * math.prod(self.shape(columns)) ** -0.5
+        return Weight(letters, len(columns), self._normal(letters, self.dtype) * jnp.asarray(deviation, self.dtype))
 
     def matrix(self, letters: str, rows: str, columns: str, gain: float = 1.0, row_step: int = 0) -> Weight:
         """A matrix [rows, columns] of the checkpoint, kept as FP8 if the model keeps FP8.
@@ -96,7 +121,7 @@ class Declare:
         shape = self.shape(letters)
         bits = jax.lax.bitcast_convert_type(self._normal(letters, jnp.float32).astype(jnp.float8_e4m3fn), jnp.uint8)
         scale = jnp.full([-(-n // b) for n, b in zip(shape, block, strict=True)], 1.0, jnp.float32)
-        return Weight(letters, block, bits, scale * gain * math.prod(self.shape(columns)) ** -0.5)
+        return Weight(letters, len(columns), bits, block, scale * gain * math.prod(self.shape(columns)) ** -0.5)
 
     def _normal(self, letters: str, dtype: Any) -> jax.Array:
         return jax.random.normal(self.rngs.params(), self.shape(letters), dtype)

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-CHECKED = ("glmjax.pallas.rms_norm_mosaic",)
+CHECKED = ("glmjax.pallas.rms_norm_mosaic", "glmjax.model.compile_checks")
 """Modules whose `checks()` the command runs; append yours."""
 
 TOOLKITS = (Path("/usr/local/cuda"), Path("/opt/cuda"))
@@ -294,7 +294,7 @@ def exceeded(report: Report, limits: Limits, mosaic: Iterable[str] = ()) -> list
 
 
 def table(reports: Iterable[Report]) -> str:
-    """The reports as text, a line for every Mosaic kernel and one for the most that any kernel of XLA takes."""
+    """The reports as text: for all launches of a Mosaic kernel, and for all of XLA's own, the most that any takes."""
     head = (
         "check",
         "kernel",
@@ -311,9 +311,10 @@ def table(reports: Iterable[Report]) -> str:
     for report in reports:
         sizes = [f"{n:,}" for n in (report.argument_bytes, report.temporary_bytes, report.alias_bytes)]
         outer = (report.name, (*sizes, f"{report.seconds:.1f}"))
-        mosaic = [(k.name, [k]) for k in report.kernels if k.compiler == "mosaic"]
-        xla = [k for k in report.kernels if k.compiler != "mosaic"]
-        for name, kernels in mosaic + ([(f"{len(xla)} of XLA, most", xla)] if xla else []) or [("none", [])]:
+        groups: dict[str, list[Kernel]] = {}
+        for kernel in report.kernels:
+            groups.setdefault(kernel.name if kernel.compiler == "mosaic" else "of XLA", []).append(kernel)
+        for name, kernels in [(f"{len(group)} {name}", group) for name, group in groups.items()] or [("none", [])]:
             taken = [(k.registers, k.spill_stores + k.spill_loads, k.stack, k.shared) for k in kernels]
             most = [f"{max(column):,}" for column in zip(*taken, strict=True)] or [""] * 4
             rows.append((outer[0], name, *most, *outer[1]))

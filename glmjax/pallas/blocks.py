@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax import lax
 BLOCK_BYTES = 32 << 20  # of intermediates that one block of queries may hold
 
 
-def map_query_blocks(f: Callable[..., jax.Array], bytes_per_query: int, *queries_BT: jax.Array) -> jax.Array:
+def map_query_blocks(f: Callable[..., Any], bytes_per_query: int, *queries_BT: jax.Array) -> Any:
     """Apply f to blocks of the query axis (axis 1); f is recomputed where gradients are taken.
 
     Args:

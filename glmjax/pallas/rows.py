@@ -46,7 +46,7 @@ class Rows:
         """Bytes of one stored row."""
         return self.width * self.values_LGAC.dtype.itemsize
 
-    def append(self, layer: jax.Array, rows_BTC: jax.Array, slots_BT: jax.Array) -> Rows:
+    def append(self, layer: jax.Array | int, rows_BTC: jax.Array, slots_BT: jax.Array) -> Rows:
         """With new rows written: one branch-free scatter, in place on a donated or carried arena.
 
         Args:
@@ -60,7 +60,7 @@ class Rows:
         stored = rows_BTC.astype(self.values_LGAC.dtype)
         return Rows(self.values_LGAC.at[layer, page_BT, slots_BT % page_size].set(stored, mode="drop"))
 
-    def of_sequences(self, layer: jax.Array, pages_BM: jax.Array | None) -> jax.Array:
+    def of_sequences(self, layer: jax.Array | int, pages_BM: jax.Array | None) -> jax.Array:
         """All rows of each sequence in order, [B, S, C] with S = M · A.
 
         Args:
@@ -73,7 +73,7 @@ class Rows:
         batch, pages = pages_BM.shape
         return layer_GAC[pages_BM].reshape(batch, pages * self.page_size, self.width)
 
-    def gather(self, layer: jax.Array, pages_BM: jax.Array | None, position_BTK: jax.Array) -> jax.Array:
+    def gather(self, layer: jax.Array | int, pages_BM: jax.Array | None, position_BTK: jax.Array) -> jax.Array:
         """The rows at positions of each sequence, [B, T, K, C]; nothing else is read."""
         layers, pages, page_size, width = self.values_LGAC.shape
         sequence_B11 = jnp.arange(position_BTK.shape[0], dtype=jnp.int32)[:, None, None]

@@ -40,9 +40,8 @@ def select(
     """
     length = rows.capacity(pages_BM)
     if k >= length:
-        position_S = jnp.arange(length, dtype=jnp.int32)
-        visible_BTS = (position_S >= first_BT[..., None]) & (position_S <= last_BT[..., None])
-        return jnp.where(visible_BTS, position_S, -1)
+        position_BTS = jnp.maximum(first_BT, 0)[..., None] + jnp.arange(length, dtype=jnp.int32)
+        return jnp.where(position_BTS <= jnp.minimum(last_BT, length - 1)[..., None], position_BTS, -1)
     keys_BSJ = rows.of_sequences(layer, pages_BM)
 
     def block(q_BTIJ: jax.Array, head_weights_BTI: jax.Array, first_BT: jax.Array, last_BT: jax.Array) -> jax.Array:

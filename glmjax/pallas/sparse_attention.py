@@ -25,7 +25,8 @@ def sparse_attention(
 ) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
     """Softmax over the selected rows (float32) and their latents' sum under it; and the log of the softmax's sum.
 
-    A query that selects nothing gets zeros and −inf.
+    A query that selects nothing gets zeros and −inf. What unselected rows hold is not noticed, be it NaN (0 · NaN is NaN):
+    they may be another request's leavings in a recycled page.
 
     Args:
         q_BTNC: absorbed queries [K_hᵀ q_nope | q_rope].
@@ -43,9 +44,11 @@ def sparse_attention(
 
         def masked(q_BTNC: jax.Array, selected_BTK: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Every row is scored, those not selected are masked: matrix products and no gather, for prefill."""
-            scores_BTNS = einsum("BTNC,BSC->BTNS", q_BTNC, rows_BSC, out=jnp.float32) * scale
-            weights_BTNS, lse_BTN = _softmax(scores_BTNS, _as_mask(selected_BTK, length))
-            values_BSR = rows_BSC[..., :value_width]
+            allowed_BTS = _as_mask(selected_BTK, length)
+            used_BSC = jnp.where(jnp.any(allowed_BTS, axis=1)[..., None], rows_BSC, 0)
+            scores_BTNS = einsum("BTNC,BSC->BTNS", q_BTNC, used_BSC, out=jnp.float32) * scale
+            weights_BTNS, lse_BTN = _softmax(scores_BTNS, allowed_BTS)
+            values_BSR = used_BSC[..., :value_width]
             return _weighted("BTNS,BSR->BTNR", weights_BTNS, values_BSR, q_BTNC.dtype), lse_BTN
 
         return map_query_blocks(masked, 4 * batch * heads * length, q_BTNC, selected_BTK)
@@ -53,6 +56,7 @@ def sparse_attention(
     def gathered(q_BTNC: jax.Array, selected_BTK: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Only the selected rows are read: for decode, and for prefill of contexts much longer than the selection."""
         rows_BTKC = rows.gather(layer, pages_BM, jnp.maximum(selected_BTK, 0))
+        rows_BTKC = jnp.where(selected_BTK[..., None] >= 0, rows_BTKC, 0)
         scores_BTNK = einsum("BTNC,BTKC->BTNK", q_BTNC, rows_BTKC, out=jnp.float32) * scale
         weights_BTNK, lse_BTN = _softmax(scores_BTNK, selected_BTK >= 0)
         values_BTKR = rows_BTKC[..., :value_width]

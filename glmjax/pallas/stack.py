@@ -39,13 +39,14 @@ class Stack:
         values = take(self.values, *index)
         if self.scale is None:
             return values if dtype is None else values.astype(dtype)
+        shape, block = self.values.shape, self.block
+        if len(block) != len(shape) or self.scale.shape != tuple(-(-n // b) for n, b in zip(shape, block, strict=True)):
+            raise ValueError(f"scale {self.scale.shape} does not cover values {shape} in blocks {block}")
         scale = take(self.scale, *index)
-        for axis, width in enumerate(self.block[len(index) :]):
+        for axis, width in enumerate(block[len(index) :]):
             if width > 1:
                 scale = jnp.repeat(scale, width, axis=axis, total_repeat_length=scale.shape[axis] * width)
                 scale = lax.slice_in_dim(scale, 0, values.shape[axis], axis=axis)
-            elif scale.shape[axis] != values.shape[axis]:
-                raise ValueError(f"scale {scale.shape} does not cover values {values.shape} in blocks {self.block}")
         quantised = lax.bitcast_convert_type(values, jnp.float8_e4m3fn).astype(jnp.float32)
         return (quantised * scale).astype(jnp.float32 if dtype is None else dtype)
 

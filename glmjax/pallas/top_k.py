@@ -15,7 +15,8 @@ def top_k(
 ) -> Int[Array, "B T K"]:
     """Positions of the k best visible scores of each query: ascending, −1 after them where fewer are visible.
 
-    +0 and −0 are equal, as they are for every comparison outside XLA's total order. K = min(k, S).
+    ±0 and denormals are all equal: XLA orders them differently by backend, by shape and even by thread. −inf counts as
+    the lowest finite number, so that what is visible precedes what is not. K = min(k, S).
 
     Args:
         scores_BTS: float32.
@@ -29,7 +30,8 @@ def top_k(
     k = min(k, length)
     rows = scores_BTS.shape[0] * scores_BTS.shape[1]
     method = by_bisection if rows >= _BISECT_ROWS and length <= _BISECT_LENGTH else by_sorting
-    scores_BTS = jnp.where(scores_BTS == 0, 0.0, scores_BTS)
+    float32 = jnp.finfo(jnp.float32)
+    scores_BTS = jnp.where(jnp.abs(scores_BTS) < float32.tiny, 0.0, jnp.maximum(scores_BTS, float32.min))
     return method(jnp.where(visible_BTS, scores_BTS, -jnp.inf), visible_BTS, k)
 
 

@@ -1,0 +1,216 @@
+"""The loop behind `GLM.generate`: prefill in chunks, then one compiled step per token, streamed as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glmjax.model.cache import ContiguousCache, last_token
+from glmjax.model.sampling import Logprobs, logprobs, observe, sample
+from glmjax.model.sampling_params import SamplingParams, SamplingState
+from glmjax.model.stops import StopMatcher, Stops
+from glmjax.model.tokenizer import Tokenizer
+from glmjax.model.transformer import Transformer
+
+_SMALLEST_CHUNK, _LARGEST_CHUNK = 16, 512
+_SMALLEST_CACHE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One generated token, as it is streamed.
+
+    Attributes:
+        id: in the vocabulary.
+        text: what can be shown now; may be empty while a character or a possible stop string is incomplete.
+        finish_reason: "stop" (an end-of-sequence or stop token, a stop string) or "length" on the last token, else
+            None. A stop token's own text is not shown.
+        logprob: log of its probability in the model's own distribution, where logprobs were asked for.
+        rank: its place in that distribution, from 1.
+        top_logprobs: the best alternatives (id, logprob), as many as were asked for.
+    """
+
+    id: int
+    text: str
+    finish_reason: str | None = None
+    logprob: float | None = None
+    rank: int | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Of one generation. Times include compilation where a shape is met for the first time.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        new_tokens: tokens generated.
+        first_token_seconds: from the start to the first token.
+        decode_seconds: from the second token to the last; the step before it is the one that compiles.
+        seed: the sampling seed, with which the output can be had again.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    first_token_seconds: float
+    decode_seconds: float
+    seed: int | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed over `decode_seconds`; 0 for fewer than three tokens."""
+        return (self.new_tokens - 2) / self.decode_seconds if self.new_tokens > 2 else 0.0
+
+
+class Generation:
+    """A generation under way: iterate over it for tokens as they come; once exhausted it knows the whole.
+
+    Attributes:
+        prompt_ids: what was prefilled.
+        ids: generated so far, a final stop token included.
+        text: shown so far.
+        finish_reason: None until it ends.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        stops: Stops,
+        tokenizer: Tokenizer | None,
+        new_tokens: int,
+    ):
+        self.prompt_ids = list(prompt_ids)
+        self.ids: list[int] = []
+        self.text = ""
+        self.finish_reason: str | None = None
+        self._model, self._params, self._stops, self._tokenizer = model, params, stops, tokenizer
+        self._new_tokens = new_tokens
+        self._times = [time.perf_counter()]
+        self._tokens = self._run()
+
+    def __iter__(self) -> Iterator[Token]:
+        return self
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def finish(self) -> Generation:
+        """Run to the end."""
+        for _ in self:
+            pass
+        return self
+
+    @property
+    def statistics(self) -> Statistics:
+        """Of what has been generated so far."""
+        began, *times = self._times
+        first = times[0] - began if times else 0.0
+        decode = times[-1] - times[1] if len(times) > 2 else 0.0
+        return Statistics(len(self.prompt_ids), len(self.ids), first, decode, self._params.seed)
+
+    def _run(self) -> Iterator[Token]:
+        matcher = StopMatcher(self._stops.strings, self._params.include_stop_str_in_output)
+        detokenizer = self._tokenizer.detokenizer() if self._tokenizer else None
+        for token, scores in self._sampled():
+            self._times.append(time.perf_counter())
+            self.ids.append(token)
+            ended = token in self._stops.token_ids
+            piece = detokenizer.push(token) if detokenizer and not ended else ""
+            text, stop = matcher.push(piece)
+            full = len(self.ids) == self._new_tokens
+            if ended or stop is not None or full:
+                self.finish_reason = "stop" if ended or stop is not None else "length"
+                if stop is None and detokenizer:
+                    tail, stop = matcher.push(detokenizer.flush())
+                    text += tail + ("" if stop is not None else matcher.flush())
+            self.text += text
+            yield _token(token, text, self.finish_reason, scores)
+            if self.finish_reason:
+                return
+
+    def _sampled(self) -> Iterator[tuple[int, Logprobs | None]]:
+        """Endless tokens: the prompt's prefill, then a step each."""
+        model, params, n = self._model, self._params, self._params.logprobs
+        length, vocab = len(self.prompt_ids), model.config.vocab_size
+        rows = _power_of_two(length + self._new_tokens, _SMALLEST_CACHE)
+        cache = ContiguousCache.create(model.config, 1, rows, model.dtype)
+        state = SamplingState.from_params([params], [self.prompt_ids], vocab)
+        if self._tokenizer:  # rows of the head beyond the vocabulary are padding
+            beyond = jnp.arange(vocab) >= self._tokenizer.vocab_size
+            state = dataclasses.replace(state, bias_BV=jnp.where(beyond, -jnp.inf, state.bias_BV))
+
+        chunk = min(_power_of_two(length, _SMALLEST_CHUNK), _LARGEST_CHUNK)
+        for begin in range(0, length, chunk):
+            ids = np.zeros((1, chunk), np.int32)
+            positions = np.full((1, chunk), -1, np.int32)
+            piece = self.prompt_ids[begin : begin + chunk]
+            ids[0, : len(piece)], positions[0, : len(piece)] = piece, np.arange(begin, begin + len(piece))
+            hidden_BD, cache = prefill(model, cache, ids, positions)
+        position = length
+        token, scores, state = first_token(model, hidden_BD, state, np.int32([position]), n)
+        while True:
+            yield int(token[0]), scores
+            token, scores, state, cache = decode(model, cache, state, token, np.int32([position]), n)
+            position += 1
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def prefill(
+    model: Transformer, cache: ContiguousCache, ids_BT: jax.Array, positions_BT: jax.Array
+) -> tuple[jax.Array, ContiguousCache]:
+    """Rows of a chunk of prompt tokens (position −1 is padding), and the hidden state of its last token [B, D]."""
+    step = cache.step(positions_BT)
+    out = model.backbone(ids_BT, cache, step)
+    return last_token(step, out.hidden_BTD, cache.tail_BD), out.cache
+
+
+@functools.partial(jax.jit, static_argnames="n", donate_argnames="state")
+def first_token(
+    model: Transformer, hidden_BD: jax.Array, state: SamplingState, position_B: jax.Array, n: int | None
+) -> tuple[jax.Array, Logprobs | None, SamplingState]:
+    """The token after the prompt."""
+    return _draw(model, hidden_BD, state, position_B, n)
+
+
+@functools.partial(jax.jit, static_argnames="n", donate_argnames=("cache", "state"))
+def decode(
+    model: Transformer,
+    cache: ContiguousCache,
+    state: SamplingState,
+    token_B: jax.Array,
+    position_B: jax.Array,
+    n: int | None,
+) -> tuple[jax.Array, Logprobs | None, SamplingState, ContiguousCache]:
+    """The token after `token_B`, which is at `position_B`."""
+    out = model.backbone(token_B[:, None], cache, cache.step(position_B[:, None]))
+    token_B, scores, state = _draw(model, out.hidden_BTD[:, 0], state, position_B + 1, n)
+    return token_B, scores, state, out.cache
+
+
+def _draw(
+    model: Transformer, hidden_BD: jax.Array, state: SamplingState, position_B: jax.Array, n: int | None
+) -> tuple[jax.Array, Logprobs | None, SamplingState]:
+    logits_BV = model.head(hidden_BD[:, None])[:, 0]
+    token_B = sample(logits_BV, state, position_B)
+    scores = None if n is None else logprobs(logits_BV, token_B, n)
+    return token_B, scores, observe(state, token_B, jnp.ones(token_B.shape, bool))
+
+
+def _token(token: int, text: str, finish_reason: str | None, scores: Logprobs | None) -> Token:
+    if scores is None:
+        return Token(token, text, finish_reason)
+    emitted, rank, ids, values = (np.asarray(x)[0] for x in scores)
+    top = tuple((int(i), float(v)) for i, v in zip(ids, values, strict=True))
+    return Token(token, text, finish_reason, float(emitted), int(rank), top)
+
+
+def _power_of_two(n: int, least: int) -> int:
+    return max(least, 1 << (n - 1).bit_length())
