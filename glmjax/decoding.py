@@ -71,6 +71,16 @@ class Statistics:
 class Generation:
     """A generation under way: iterate over it for tokens as they come; once exhausted it knows the whole.
 
+    Nothing runs before the first token is asked for.
+
+    Args:
+        model: the network.
+        prompt_ids: at least one, and within the context together with `new_tokens`.
+        params: validated; with a seed where the temperature is above 0.
+        stops: the model's and the request's.
+        tokenizer: for the text, or None.
+        new_tokens: most tokens to generate.
+
     Attributes:
         prompt_ids: what was prefilled.
         ids: generated so far, a final stop token included.
@@ -93,7 +103,7 @@ class Generation:
         self.finish_reason: str | None = None
         self._model, self._params, self._stops, self._tokenizer = model, params, stops, tokenizer
         self._new_tokens = new_tokens
-        self._times = [time.perf_counter()]
+        self._times: list[float] = []  # when it began, and each token came
         self._tokens = self._run()
 
     def __iter__(self) -> Iterator[Token]:
@@ -110,8 +120,8 @@ class Generation:
 
     @property
     def statistics(self) -> Statistics:
-        """Of what has been generated so far."""
-        began, *times = self._times
+        """Of what has been generated so far. A reader who takes its time between tokens is part of the times."""
+        began, *times = self._times or [0.0]
         first = times[0] - began if times else 0.0
         decode = times[-1] - times[1] if len(times) > 2 else 0.0
         return Statistics(len(self.prompt_ids), len(self.ids), first, decode, self._params.seed)
@@ -119,6 +129,7 @@ class Generation:
     def _run(self) -> Iterator[Token]:
         matcher = StopMatcher(self._stops.strings, self._params.include_stop_str_in_output)
         detokenizer = self._tokenizer.detokenizer() if self._tokenizer else None
+        self._times.append(time.perf_counter())
         for token, scores in self._sampled():
             self._times.append(time.perf_counter())
             self.ids.append(token)
@@ -126,11 +137,11 @@ class Generation:
             piece = detokenizer.push(token) if detokenizer and not ended else ""
             text, stop = matcher.push(piece)
             full = len(self.ids) == self._new_tokens
+            if (ended or full) and stop is None and detokenizer:
+                tail, stop = matcher.push(detokenizer.flush())
+                text += tail + matcher.flush()
             if ended or stop is not None or full:
-                self.finish_reason = "stop" if ended or stop is not None else "length"
-                if stop is None and detokenizer:
-                    tail, stop = matcher.push(detokenizer.flush())
-                    text += tail + ("" if stop is not None else matcher.flush())
+                self.finish_reason = "length" if full and not ended and stop is None else "stop"
             self.text += text
             yield _token(token, text, self.finish_reason, scores)
             if self.finish_reason:
@@ -140,10 +151,10 @@ class Generation:
         """Endless tokens: the prompt's prefill, then a step each."""
         model, params, n = self._model, self._params, self._params.logprobs
         length, vocab = len(self.prompt_ids), model.config.vocab_size
-        rows = _power_of_two(length + self._new_tokens, _SMALLEST_CACHE)
+        rows = min(_power_of_two(length + self._new_tokens, _SMALLEST_CACHE), model.config.max_position_embeddings)
         cache = ContiguousCache.create(model.config, 1, rows, model.dtype)
         state = SamplingState.from_params([params], [self.prompt_ids], vocab)
-        if self._tokenizer:  # rows of the head beyond the vocabulary are padding
+        if self._tokenizer:  # rows of the head beyond the vocabulary are padding: see `_draw`
             beyond = jnp.arange(vocab) >= self._tokenizer.vocab_size
             state = dataclasses.replace(state, bias_BV=jnp.where(beyond, -jnp.inf, state.bias_BV))
 
@@ -199,7 +210,8 @@ def _draw(
     model: Transformer, hidden_BD: jax.Array, state: SamplingState, position_B: jax.Array, n: int | None
 ) -> tuple[jax.Array, Logprobs | None, SamplingState]:
     logits_BV = model.head(hidden_BD[:, None])[:, 0]
-    token_B = sample(logits_BV, state, position_B)
+    # A bias is finite but for tokens that must never come; added to a logit it would not survive every temperature.
+    token_B = sample(jnp.where(state.bias_BV == -jnp.inf, -jnp.inf, logits_BV), state, position_B)
     scores = None if n is None else logprobs(logits_BV, token_B, n)
     return token_B, scores, observe(state, token_B, jnp.ones(token_B.shape, bool))
 

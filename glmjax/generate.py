@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import tyro
 
+from glmjax.decoding import Generation
 from glmjax.glm import NANO, load
 from glmjax.model.checkpoint import Fp8, LoadFormat
+from glmjax.model.config import GlmConfig
 from glmjax.model.sampling_params import SamplingParams
 
 _DEFAULTS = SamplingParams()
-_flag = tyro.conf.arg
+_INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Arguments:
     """Complete a prompt; the text streams to standard output, a line of statistics ends it on standard error.
 
     Attributes:
-        prompt: text to complete, or with --chat the user's message; read from standard input if absent.
+        prompt: text to complete, or with --chat the user's message; if absent, standard input without its last newline.
         model_path: directory of a checkpoint; default the model in the box.
         tokenizer_path: directory of tokenizer.json, where it is not beside the weights.
         load_format: where weights come from; "dummy" makes random ones.
@@ -38,18 +44,18 @@ class Arguments:
         repetition_penalty: above 1 discourages tokens seen in prompt or output.
         frequency_penalty: subtracted per occurrence in the output.
         presence_penalty: subtracted once if in the output.
-        stop: strings that end the text.
+        stop: a string that ends the text; may be given several times.
         ignore_eos: go on after end-of-sequence tokens.
         random_seed: fixes sampled output; default random, and printed.
     """
 
-    prompt: tyro.conf.Positional[str | None] = None
+    prompt: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="PROMPT")]] = None
     model_path: Path = NANO
     tokenizer_path: Path | None = None
     load_format: LoadFormat = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None
     fp8: Fp8 = "keep"
-    chat: Annotated[bool, _flag()] = False
+    chat: bool = False
     system: str | None = None
     max_new_tokens: int = 256
     temperature: float = _DEFAULTS.temperature
@@ -59,7 +65,7 @@ class Arguments:
     repetition_penalty: float = _DEFAULTS.repetition_penalty
     frequency_penalty: float = _DEFAULTS.frequency_penalty
     presence_penalty: float = _DEFAULTS.presence_penalty
-    stop: tuple[str, ...] = ()
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     ignore_eos: bool = False
     random_seed: int | None = None
 
@@ -70,25 +76,24 @@ class Arguments:
         return SamplingParams(**chosen, seed=self.random_seed)
 
 
-def main(arguments: Arguments) -> int:
-    """Generate; returns the exit status: 0, or 2 after a message where the request cannot be served."""
-    text = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+def main(argv: Sequence[str] | None = None) -> int:
+    """Generate; returns the exit status: 0, 2 after a message where the request cannot be served, 130 after Ctrl-C.
+
+    Args:
+        argv: the command line; default the process's own.
+
+    Raises:
+        SystemExit: after --help (0) or flags that cannot be read (2).
+    """
+    arguments = tyro.cli(Arguments, prog="python -m glmjax.generate", args=argv)
     try:
-        glm = load(
-            arguments.model_path,
-            dtype=arguments.dtype,
-            load_format=arguments.load_format,
-            fp8=arguments.fp8,
-            tokenizer_path=arguments.tokenizer_path,
-        )
-        prompt: str | list[dict[str, str]] = text
-        if arguments.chat:
-            system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
-            prompt = [*system, {"role": "user", "content": text}]
-        generation = glm.generate(prompt, arguments.sampling())
-    except (ValueError, FileNotFoundError) as error:
+        text = _read_prompt() if arguments.prompt is None else arguments.prompt
+        generation = _begin(arguments, text)
+    except (ValueError, OSError) as error:
         print(f"glmjax.generate: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     if not arguments.chat:
         print(text, end="", flush=True)
     try:
@@ -96,17 +101,57 @@ def main(arguments: Arguments) -> int:
             print(token.text, end="", flush=True)
     except KeyboardInterrupt:
         generation.finish_reason = "interrupted"
-    stats = generation.statistics
-    sampled = f", seed {stats.seed}" if arguments.temperature > 0 else ""
     print(flush=True)
-    print(
-        f"[{stats.prompt_tokens} prompt tokens, {stats.new_tokens} new ({generation.finish_reason}); "
-        f"first token {stats.first_token_seconds:.2f} s with compilation, then {stats.tokens_per_second:.1f} tokens/s"
-        f"{sampled}]",
-        file=sys.stderr,
+    print(_summary(generation, sampled=arguments.temperature > 0), file=sys.stderr)
+    return _INTERRUPTED if generation.finish_reason == "interrupted" else 0
+
+
+def _read_prompt() -> str:
+    if sys.stdin.isatty():
+        print("glmjax.generate: reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
+    return sys.stdin.read().removesuffix("\n")
+
+
+def _begin(arguments: Arguments, text: str) -> Generation:
+    """Refuses what it can before the weights are loaded, which may take long."""
+    if arguments.system is not None and not arguments.chat:
+        raise ValueError("--system is a message of a chat; give --chat too")
+    params = arguments.sampling()
+    params.validate(GlmConfig.from_dir(arguments.model_path).vocab_size)
+    glm = load(
+        arguments.model_path,
+        dtype=arguments.dtype,
+        load_format=arguments.load_format,
+        fp8=arguments.fp8,
+        tokenizer_path=arguments.tokenizer_path,
     )
-    return 0
+    if not arguments.chat:
+        return glm.generate(text, params)
+    system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+    return glm.generate([*system, {"role": "user", "content": text}], params)
+
+
+def _summary(generation: Generation, sampled: bool) -> str:
+    stats = generation.statistics
+    parts = [f"{stats.prompt_tokens} prompt tokens, {stats.new_tokens} new ({generation.finish_reason})"]
+    if stats.new_tokens:
+        parts.append(f"first token after {stats.first_token_seconds:.2f} s with compilation")
+    if stats.tokens_per_second:
+        parts.append(f"then {stats.tokens_per_second:.1f} tokens/s")
+    if sampled:
+        parts.append(f"seed {stats.seed}")
+    return f"[{'; '.join(parts)}]"
+
+
+def _keep_compilations() -> None:
+    """Without JAX_COMPILATION_CACHE_DIR, keep programs in the user's cache: the next start then takes a second or two."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "glmjax"))
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Arguments, prog="python -m glmjax.generate")))
+    _keep_compilations()
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
+    sys.exit(main())

@@ -29,6 +29,8 @@ NANO = Path(__file__).parent / "nano"
 """The model in the box."""
 
 Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | np.ndarray | jax.Array | Sequence[Message]
+"""Text, token ids, or chat messages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +123,10 @@ class GLM:
         Raises:
             ValueError: no token, an id outside the vocabulary, or a sequence longer than the context.
         """
-        ids = np.asarray(ids_BT)
+        try:
+            ids = np.asarray(ids_BT)
+        except ValueError as error:  # ragged
+            raise ValueError("ids_BT is no array; give equally long sequences") from error
         if ids.ndim != 2 or ids.size == 0:
             raise ValueError(f"ids_BT has shape {ids.shape}; give [sequences, tokens] with at least one of each")
         self._check_ids(ids)
@@ -134,7 +139,7 @@ class GLM:
 
     def generate(
         self,
-        prompt: str | Sequence[int] | Sequence[Message],
+        prompt: Prompt,
         params: SamplingParams | None = None,
         *,
         template: Mapping[str, Any] | None = None,
@@ -165,13 +170,17 @@ class GLM:
         stops = self.stops.extended(params.stop_token_ids, params.stop, params.ignore_eos)
         return Generation(self.weights, ids, params, stops, self.tokenizer, params.max_new_tokens or room)
 
-    def encode(self, prompt: str | Sequence[int] | Sequence[Message], **template: Any) -> list[int]:
+    def encode(self, prompt: Prompt, **template: Any) -> list[int]:
         """Token ids of a prompt as `generate` takes it.
+
+        Args:
+            prompt: text, a sequence of token ids, or chat messages.
+            **template: arguments for the chat template.
 
         Raises:
             ValueError: it is empty, has an id outside the vocabulary, or needs a tokenizer or template that is not there.
         """
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+        if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
             if self.chat_template is None:
                 raise ValueError("this model has no chat template; give text or token ids")
             prompt = self.chat_template.render(list(prompt), **template)
@@ -179,9 +188,11 @@ class GLM:
             if self.tokenizer is None:
                 raise ValueError("this model was loaded without a tokenizer; give token ids, or tokenizer_path to load")
             prompt = self.tokenizer.encode(prompt)
-        ids = np.asarray(prompt, np.int64 if len(prompt) == 0 else None)
+        ids = np.asarray(prompt)
         if ids.size == 0:
             raise ValueError("the prompt has no tokens; give at least one")
+        if ids.ndim != 1:
+            raise ValueError(f"the prompt's token ids have shape {ids.shape}; give one sequence, e.g. ids[0] of a batch")
         self._check_ids(ids)
         return ids.tolist()
 

@@ -85,14 +85,14 @@ def fill(model: Transformer, shards: Shards, place: Placement = on_one_device) -
 def tensors(model: Transformer) -> dict[str, np.ndarray]:
     """The model's weights under their published names and shapes, the inverse of `fill`; FP8 is dequantised.
 
-    kv_b's halves are joined; dtypes stay as the weights have them.
+    kv_b's halves are joined; dtypes stay as the weights have them, of what was FP8 it is the model's.
     """
     weights = named_weights(model)
     found: dict[str, Any] = {}
     halves: dict[str, list[np.ndarray]] = defaultdict(list)
     for piece in pieces(model.config, mtp=model.mtp is not None):
         weight = weights[piece.weight]
-        part = np.asarray(weight.at(*piece.index, dtype=None if weight.scale is None else jnp.bfloat16))
+        part = np.asarray(weight.at(*piece.index, dtype=None if weight.scale is None else model.dtype))
         shape = _matrix_shape(weight, len(piece.index))
         if piece.row_range is None:
             found[piece.tensor] = part.reshape(shape)
@@ -110,7 +110,7 @@ class _Part:
     piece: Piece
     weight: Weight
     shards: Shards
-    block: tuple[int, int]
+    block: tuple[int, int] | None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -128,17 +128,25 @@ class _Part:
         name = self.piece.tensor
         if (tensor := self.shards.get(name)) is None:
             return [("missing", name)]
-        if tensor.shape != self.expected():
-            return [("misshapen", f"{name} is {list(tensor.shape)}, must be {list(self.expected())}")]
-        if tensor.dtype != _FP8:
-            kept = self.weight.scale is not None
-            return [("not FP8 (load with fp8='dequantize')", name)] if kept else []
-        scales = tuple(-(-n // b) for n, b in zip(tensor.shape, self.block, strict=True))
-        if (found := self.shards.get(name + "_scale_inv")) is None:
-            return [("missing", name + "_scale_inv")]
-        if found.shape != scales:
-            return [("misshapen", f"{name}_scale_inv is {list(found.shape)}, must be {list(scales)}")]
-        return []
+        faults, shape = [], self.expected()
+        if tensor.shape != shape:
+            faults.append(("misshapen", f"{name} is {list(tensor.shape)}, must be {list(shape)}"))
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            faults.append(("not floating point", f"{name} is {tensor.dtype}"))
+        elif tensor.dtype != _FP8:
+            if self.weight.scale is not None:
+                faults.append(("not FP8 (load with fp8='dequantize')", name))
+        elif self.weight.columns == 0:
+            faults.append(("FP8, but only matrices can be", name))
+        elif self.block is None:
+            faults.append(("FP8, but the configuration has no quantization_config", name))
+        else:
+            scales = tuple(-(-n // b) for n, b in zip(shape, self.block, strict=True))
+            if (found := self.shards.get(name + "_scale_inv")) is None:
+                faults.append(("missing", name + "_scale_inv"))
+            elif found.shape != scales:
+                faults.append(("misshapen", f"{name}_scale_inv is {list(found.shape)}, must be {list(scales)}"))
+        return faults
 
     def copy_values(self, target: np.ndarray, where: tuple[slice, ...]) -> None:
         """Write the part's values at `where` (slices of the part) into the target."""
@@ -201,7 +209,7 @@ def _assemble(
 
     def block(where: tuple[slice, ...]) -> np.ndarray:
         ranges = [range(*s.indices(n)) for s, n in zip(where, like.shape, strict=True)]
-        out = _aligned([len(r) for r in ranges], like.dtype)
+        out = aligned([len(r) for r in ranges], like.dtype)
         for index in itertools.product(*(enumerate(r) for r in ranges[:lead])):
             target, source = tuple(i for i, _ in index), tuple(i for _, i in index)
             copy(by_index[source], out[target], where[lead:])
@@ -210,7 +218,7 @@ def _assemble(
     return jax.make_array_from_callback(like.shape, place(letters, like.shape), block)
 
 
-def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
+def aligned(shape: list[int], dtype: Any) -> np.ndarray:
     """An uninitialised array at a multiple of 64 bytes, which a CPU device can take over as it is."""
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     raw = np.empty(size + 64, np.uint8)
@@ -218,8 +226,8 @@ def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
     return raw[begin : begin + size].view(dtype).reshape(shape)
 
 
-def _block_of(config: GlmConfig) -> tuple[int, int]:
-    return config.quantization.block if config.quantization else (1, 1)
+def _block_of(config: GlmConfig) -> tuple[int, int] | None:
+    return config.quantization.block if config.quantization else None
 
 
 def _check(parts: Mapping[str, list[_Part]], model: Transformer, shards: Shards) -> None:
@@ -230,7 +238,8 @@ def _check(parts: Mapping[str, list[_Part]], model: Transformer, shards: Shards)
         for kind, description in part.faults():
             faults[kind].append(description)
     used = {part.piece.tensor for part in everything}
-    known = used | {name + "_scale_inv" for name in used}
+    plain = {name for name in used if name in shards and shards[name].dtype != _FP8}
+    known = used | {name + "_scale_inv" for name in used - plain}
     if extra := sorted(set(shards) - known):
         faults["unknown to this configuration"] = extra
     if faults:

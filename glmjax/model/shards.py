@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import struct
 from pathlib import Path
@@ -63,23 +64,33 @@ class Shards(dict[str, Tensor]):
 
         Raises:
             FileNotFoundError: no safetensors file, or one that the index names is missing.
-            CheckpointError: a file is truncated or no safetensors file, or lacks a tensor that the index says it has.
+            CheckpointError: files are truncated or no safetensors files, or lack tensors that the index says they have.
         """
         directory = Path(directory)
         where: dict[str, str] = {}
         for index in sorted(directory.glob("*.safetensors.index.json")):
-            where |= json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                where |= json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{index} is no index: {error!r}; it must be JSON with weight_map") from error
         files = sorted(set(where.values())) or sorted(file.name for file in directory.glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"no *.safetensors in {directory}; give a checkpoint's directory")
         if absent := [name for name in files if not (directory / name).is_file()]:
             raise FileNotFoundError(f"{directory} lacks {_some(absent)}, which its index names; download it again")
-        found: dict[str, Tensor] = {}
+        found: dict[str, dict[str, Tensor]] = {}
+        faults: list[str] = []
         for name in files:
-            found |= _header(directory / name)
-        if missing := sorted(set(where) - set(found)):
+            try:
+                found[name] = _header(directory / name)
+            except CheckpointError as error:
+                faults.append(str(error))
+        if faults:
+            raise CheckpointError("\n".join(faults))
+        if missing := sorted(f"{name} in {file}" for name, file in where.items() if name not in found[file]):
             raise CheckpointError(f"the index of {directory} names tensors that its files lack: {_some(missing)}")
-        return cls({name: found[name] for name in (where or found)})
+        where = where or {name: file for file, tensors in found.items() for name in tensors}
+        return cls({name: found[file][name] for name, file in where.items()})
 
 
 def _header(file: Path) -> dict[str, Tensor]:
@@ -94,21 +105,31 @@ def _header(file: Path) -> dict[str, Tensor]:
             entries = json.loads(stream.read(length))
         except ValueError as error:
             raise CheckpointError(f"{file} is no safetensors file: its header is not JSON ({error})") from error
-    tensors = {}
-    for name, entry in entries.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        if (dtype := _DTYPES.get(entry["dtype"])) is None:
-            raise CheckpointError(f"{name} in {file} has dtype {entry['dtype']}; readable are {', '.join(_DTYPES)}")
-        if 8 + length + end > size:
-            raise CheckpointError(
-                f"{file} is truncated: {name} ends at byte {8 + length + end}, the file at {size}; download it again"
-            )
-        shape = tuple(entry["shape"])
-        if end - begin != np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64)):
-            raise CheckpointError(f"{name} in {file} has {end - begin} bytes, which do not fit its shape {shape}")
-        tensors[name] = Tensor(file, np.dtype(dtype), shape, 8 + length + begin)
+    tensors, unreadable, beyond, misfits = {}, [], [], []
+    try:
+        for name, entry in entries.items():
+            if name == "__metadata__":
+                continue
+            (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
+            if (dtype := _DTYPES.get(entry["dtype"])) is None:
+                unreadable.append(f"{name} is {entry['dtype']}")
+                continue
+            if 8 + length + end > size:
+                beyond.append(f"{name} ends at byte {8 + length + end}")
+            if end - begin != np.dtype(dtype).itemsize * math.prod(shape):
+                misfits.append(f"{name} {list(shape)} has {end - begin} bytes")
+            tensors[name] = Tensor(file, np.dtype(dtype), shape, 8 + length + begin)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} is no safetensors file: its header describes no tensors ({error!r})") from error
+    faults = []
+    if unreadable:
+        faults.append(f"{file} has dtypes other than {', '.join(_DTYPES)}: {_some(unreadable)}")
+    if beyond:
+        faults.append(f"{file} is truncated: it has {size} bytes, but {_some(beyond)}; download it again")
+    if misfits:
+        faults.append(f"{file} has tensors whose bytes do not fit their shapes: {_some(misfits)}")
+    if faults:
+        raise CheckpointError("\n".join(faults))
     return tensors
 
 

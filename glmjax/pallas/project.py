@@ -33,7 +33,8 @@ def project(spec: str, x: jax.Array, weight: Stack, layer: Any, out: Any = None)
     inputs, letters, outputs = spec.replace("->", ",").split(",")
     contracted = [a for a in letters if a not in outputs]
     if any(a in inputs and a in outputs for a in letters):
-        return einsum(spec, x, matrix, out=out)
+        # The matrix first: XLA on the CPU has no bf16 × bf16 = f32 for the layout that "BTNH,NHR->BTNR" becomes.
+        return einsum(f"{letters},{inputs}->{outputs}", matrix, x, out=out)
     width = math.prod(matrix.shape[letters.index(a)] for a in contracted)
     rows = matrix.shape[: len(letters) - len(contracted)]
     leading = x.shape[: len(inputs) - len(contracted)]

@@ -15,8 +15,8 @@ def top_k(
 ) -> Int[Array, "B T K"]:
     """Positions of the k best visible scores of each query: ascending, −1 after them where fewer are visible.
 
-    ±0 and denormals are all equal: XLA orders them differently by backend, by shape and even by thread. −inf counts as
-    the lowest finite number, so that what is visible precedes what is not. K = min(k, S).
+    ±0 and denormals are all equal, whether a backend flushes denormals (XLA on the CPU does) or not. −inf counts as the
+    lowest finite number, so that what is visible precedes what is not. K = min(k, S).
 
     Args:
         scores_BTS: float32.

@@ -46,7 +46,7 @@ class Recipe:
         seed: of weights and data order.
     """
 
-    stages: tuple[Stage, ...] = (Stage(1000, 16, 256), Stage(160, 4, 1024))
+    stages: tuple[Stage, ...] = (Stage(860, 16, 256), Stage(100, 4, 1024))
     learning_rate: float = 2.5e-3
     warmup_steps: int = 50
     decay_share: float = 0.4
@@ -128,11 +128,11 @@ def balance(model: Transformer, load_LE: jax.Array, recipe: Recipe) -> Transform
     return _with(model, weights)
 
 
-def _weights(model: Transformer) -> nnx.State:
+def _weights(model: Transformer) -> Any:
     return nnx.split(model)[1]
 
 
-def _with(model: Transformer, weights: nnx.State) -> Transformer:
+def _with(model: Transformer, weights: Any) -> Transformer:
     return nnx.merge(nnx.split(model)[0], weights)
 
 

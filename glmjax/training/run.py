@@ -47,13 +47,24 @@ class Run:
         self.keep_every, self.log_every = keep_every, log_every
         folder.mkdir(parents=True, exist_ok=True)
         self._settle_recipe(config)
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self._checkpoints = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
-        model = Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(recipe.seed))
-        self.state = start(model, recipe)
+        self._checkpoints = _checkpoints(folder)
+        self.state = start(Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(recipe.seed)), recipe)
         self._batches_state: Any = None
         if (latest := self._checkpoints.latest_step()) is not None:
-            self._restore(latest)
+            self.state, self._batches_state = _restore(self._checkpoints, latest, self.state)
+
+    @staticmethod
+    def resume(folder: Path, config: GlmConfig) -> TrainState:
+        """The state of a run's last checkpoint, whatever its recipe.
+
+        Raises:
+            FileNotFoundError: the run has none.
+        """
+        checkpoints = _checkpoints(folder)
+        if (latest := checkpoints.latest_step()) is None:
+            raise FileNotFoundError(f"no checkpoint in {folder / 'checkpoints'}; train first")
+        state = start(Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), Recipe())
+        return _restore(checkpoints, latest, state)[0]
 
     @property
     def step(self) -> int:
@@ -104,13 +115,6 @@ class Run:
         items = {"state": ocp.args.StandardSave(leaves), "data": ocp.args.JsonSave(self._batches_state)}
         self._checkpoints.save(self.step, args=ocp.args.Composite(**items))
 
-    def _restore(self, step: int) -> None:
-        leaves, tree = jax.tree.flatten(self.state)
-        abstract = [ocp.utils.to_shape_dtype_struct(leaf) for leaf in leaves]
-        items = {"state": ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore()}
-        kept = self._checkpoints.restore(step, args=ocp.args.Composite(**items))
-        self.state, self._batches_state = jax.tree.unflatten(tree, kept["state"]), kept["data"]
-
     def _settle_recipe(self, config: GlmConfig) -> None:
         """Write the recipe of a new folder; refuse an old one that was begun with another."""
         said = {"recipe": repr(self.recipe), "config": repr(config)}
@@ -135,3 +139,17 @@ class Run:
         }
         with (self.folder / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
+
+
+def _checkpoints(folder: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+
+
+def _restore(checkpoints: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, Any]:
+    """The state and the position in the data of a checkpoint."""
+    leaves, tree = jax.tree.flatten(like)
+    abstract = [ocp.utils.to_shape_dtype_struct(leaf) for leaf in leaves]
+    items = {"state": ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore()}
+    kept = checkpoints.restore(step, args=ocp.args.Composite(**items))
+    return jax.tree.unflatten(tree, kept["state"]), kept["data"]

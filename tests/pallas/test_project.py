@@ -73,6 +73,19 @@ def test_weights_take_the_dtype_of_x():
     assert_close(got, want, jnp.bfloat16)
 
 
+@pytest.mark.parametrize("spec", ["BTNH,NHR->BTNR", "BTNR,NOR->BTNO"])
+def test_bfloat16_runs_for_each_head_at_the_sizes_of_a_model(spec):
+    """XLA on the CPU has no bfloat16 product with a float32 result for every layout, once operands are large enough."""
+    x, matrix, _ = spec.replace("->", ",").split(",")
+    size = {"B": 2, "T": 24, "N": 4, "H": 16, "R": 32, "O": 16}
+    rng = np.random.default_rng(4)
+    x, matrix = (jnp.asarray(rng.standard_normal([size[a] for a in letters]), jnp.bfloat16) for letters in (x, matrix))
+    got = run(spec, x, Stack(matrix[None]), 0)
+    want = expected(spec, x, matrix)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-8, atol=1e-5)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def with_gradients(spec, x, stack, dy):
     """The result for a layer that is an int, and the gradients of Σ dy · result."""
