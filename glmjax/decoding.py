@@ -152,7 +152,7 @@ class Generation:
         model, params, n = self._model, self._params, self._params.logprobs
         length, vocab = len(self.prompt_ids), model.config.vocab_size
         rows = min(_power_of_two(length + self._new_tokens, _SMALLEST_CACHE), model.config.max_position_embeddings)
-        cache = ContiguousCache.create(model.config, 1, rows, model.dtype)
+        cache = empty(model, rows)
         state = SamplingState.from_params([params], [self.prompt_ids], vocab)
         if self._tokenizer:  # rows of the head beyond the vocabulary are padding: see `_draw`
             beyond = jnp.arange(vocab) >= self._tokenizer.vocab_size
@@ -171,6 +171,12 @@ class Generation:
             yield int(token[0]), scores
             token, scores, state, cache = decode(model, cache, state, token, np.int32([position]), n)
             position += 1
+
+
+@functools.partial(jax.jit, static_argnames="rows", keep_unused=True)
+def empty(model: Transformer, rows: int) -> ContiguousCache:
+    """An empty cache that lives where the model does, like those to come: else `prefill` would be compiled twice."""
+    return ContiguousCache.create(model.config, 1, rows, model.dtype)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

@@ -192,7 +192,9 @@ class GLM:
         if ids.size == 0:
             raise ValueError("the prompt has no tokens; give at least one")
         if ids.ndim != 1:
-            raise ValueError(f"the prompt's token ids have shape {ids.shape}; give one sequence, e.g. ids[0] of a batch")
+            raise ValueError(
+                f"the prompt's token ids have shape {ids.shape}; give one sequence, e.g. ids[0] of a batch"
+            )
         self._check_ids(ids)
         return ids.tolist()
 

@@ -78,7 +78,7 @@ def load(
     if load_format == "auto":
         load_format = "orbax" if (directory / _ORBAX_WEIGHTS).is_dir() else "safetensors"
     if load_format == "dummy":
-        return Transformer(config, dtype=dtype, rngs=nnx.Rngs(seed), mtp=mtp, fp8=keep)
+        return _random(config, dtype, seed, config.num_nextn_predict_layers > 0 if mtp is None else mtp, keep, place)
     if load_format == "orbax":
         return _restore(directory, config, dtype, fp8, mtp, place)
     shards = Shards.open(directory)
@@ -145,7 +145,7 @@ def stored_dtype(directory: str | os.PathLike[str]) -> np.dtype:
     return norm.dtype
 
 
-def _arrays(model: Transformer) -> dict[str, jax.Array]:
+def _arrays(model: Transformer) -> dict[str, Any]:
     """Values and scales by path, flat and readable: what the Orbax directory holds."""
     arrays = {}
     for name, weight in named_weights(model).items():
@@ -153,6 +153,31 @@ def _arrays(model: Transformer) -> dict[str, jax.Array]:
         if weight.scale is not None:
             arrays[name + ".scale"] = weight.scales
     return arrays
+
+
+def _set_arrays(model: Transformer, arrays: dict[str, jax.Array]) -> None:
+    for name, weight in named_weights(model).items():
+        weight.values.set_value(arrays[name])
+        if weight.scale is not None:
+            weight.scale.set_value(arrays[name + ".scale"])
+
+
+def _shardings(model: Transformer, place: Placement) -> dict[str, jax.sharding.Sharding]:
+    letters = {name: weight.letters for name, weight in named_weights(model).items()}
+    return {name: place(letters[name.removesuffix(".scale")], like.shape) for name, like in _arrays(model).items()}
+
+
+def _random(config: GlmConfig, dtype: Any, seed: int, mtp: bool, fp8: bool, place: Placement) -> Transformer:
+    """Random weights; of a sharded model, each part is made where it lives."""
+
+    def draw() -> Transformer:
+        return Transformer(config, dtype=dtype, rngs=nnx.Rngs(seed), mtp=mtp, fp8=fp8)
+
+    if place is on_one_device:
+        return draw()
+    model = abstract(config, dtype, mtp=mtp, fp8=fp8)
+    _set_arrays(model, jax.jit(lambda: _arrays(draw()), out_shardings=_shardings(model, place))())
+    return model
 
 
 def _restore(
@@ -166,28 +191,21 @@ def _restore(
         raise CheckpointError(f"{directory} was converted without an MTP layer; load without")
     if facts["fp8"] and fp8 == "dequantize":
         raise CheckpointError(f"{directory} was converted as FP8; load it with fp8='keep', or the published checkpoint")
-    model = abstract(config, dtype, mtp=facts["mtp"] if mtp is None else mtp, fp8=facts["fp8"])
     weights = (directory / _ORBAX_WEIGHTS).absolute()
     with ocp.StandardCheckpointer() as checkpointer:
-        stored = {
-            name: tuple(array.shape) for name, array in dict(checkpointer.metadata(weights).item_metadata).items()
-        }
-    dropped = int(facts["mtp"] and model.mtp is None)  # the MTP layer is the last of every stack
-    faults = []
-    for name, weight in named_weights(model).items():
-        for suffix, like in (("", weight.array), (".scale", weight.scales)):
-            if like is not None:
-                first, *rest = like.shape
-                wanted = (first + dropped * weight.letters.startswith("L"), *rest)
-                if stored.get(name + suffix) != wanted:
-                    faults.append(f"{name}{suffix} is {stored.get(name + suffix)}, must be {wanted}")
-    if faults:
+        stored = dict(checkpointer.metadata(weights).item_metadata)
+    whole = _arrays(abstract(config, dtype, mtp=facts["mtp"], fp8=facts["fp8"]))
+    shapes = {name: tuple(array.shape) for name, array in stored.items()}
+    if faults := [
+        f"{name} is {shapes.get(name)}, must be {array.shape}"
+        for name, array in whole.items()
+        if shapes.get(name) != array.shape
+    ]:
         raise CheckpointError(f"{weights} does not fit config.json beside it: {'; '.join(faults)}")
-    for name, weight in named_weights(model).items():
-        weight.values.set_value(_read(weights, name, weight.array, place(weight.letters, weight.array.shape)))
-        if weight.scale is not None:
-            sharding = place(weight.letters, weight.scales.shape)
-            weight.scale.set_value(_read(weights, name + ".scale", weight.scales, sharding))
+    # Without its MTP layer a model has the first entries of the same stacks.
+    model = abstract(config, dtype, mtp=facts["mtp"] if mtp is None else mtp, fp8=facts["fp8"])
+    shardings = _shardings(model, place)
+    _set_arrays(model, {name: _read(weights, name, like, shardings[name]) for name, like in _arrays(model).items()})
     return model
 
 

@@ -52,8 +52,7 @@ class _Blocks:
     """Which tokens each block of rows holds. U slots in all, `size` a block.
 
     Attributes:
-        token_U: the token of each slot; 0 where the slot is padding.
-        used_U: whether the slot holds one.
+        token_U: the token of each slot; 0 where the slot is padding, whose output nobody reads and whose weight is 0.
         expert_W: the expert of each block.
         count: blocks that exist.
         slot_MX: the slot of each (token, choice) pair; beyond the last slot for a pair that is skipped.
@@ -61,7 +60,6 @@ class _Blocks:
     """
 
     token_U: jax.Array
-    used_U: jax.Array
     expert_W: jax.Array
     count: jax.Array
     slot_MX: jax.Array
@@ -90,7 +88,6 @@ def _arrange(choice_MX: jax.Array, experts: int) -> _Blocks:
     empty = jnp.zeros(blocks * size, jnp.int32)
     return _Blocks(
         token_U=empty.at[slot_Z].set(order_Z.astype(jnp.int32) // chosen, mode="drop"),
-        used_U=empty.astype(bool).at[slot_Z].set(True, mode="drop"),
         expert_W=jnp.searchsorted(last_block_E, jnp.arange(blocks), side="right").astype(jnp.int32),
         count=last_block_E[-1].astype(jnp.int32),
         slot_MX=jnp.zeros(pairs, jnp.int32).at[order_Z].set(slot_Z).reshape(tokens, chosen),
@@ -164,10 +161,9 @@ def _plain_backward(saved: Any, dy_MD: jax.Array) -> tuple[Any, ...]:
         dx_UD, dweight_U, dgate_up_E2FD, ddown_EDF = carry
         expert = blocks.expert_W[block]
         token_U = _rows(blocks.token_U, block, size)
-        used_U1 = _rows(blocks.used_U, block, size)[:, None]
         x, gate_up, down = x_MD[token_U], take(gate_up_LE2FD, layer, expert), take(down_LEDF, layer, expert)
         h_UF, swiglu_vjp = jax.vjp(_swiglu, x, gate_up)
-        dy_UD = jnp.where(used_U1, dy_MD[token_U], 0)
+        dy_UD = dy_MD[token_U]
         dweight_block_U = jnp.sum(dy_UD.astype(jnp.float32) * einsum("UF,DF->UD", h_UF, down, out=jnp.float32), axis=1)
         dy_UD = (dy_UD * _rows(weight_U, block, size)[:, None]).astype(x.dtype)
         dx_block_UD, dgate_up = swiglu_vjp(einsum("UD,DF->UF", dy_UD, down))
