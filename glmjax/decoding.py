@@ -96,13 +96,14 @@ class Generation:
         stops: Stops,
         tokenizer: Tokenizer | None,
         new_tokens: int,
+        cache_dtype: jnp.dtype,
     ):
         self.prompt_ids = list(prompt_ids)
         self.ids: list[int] = []
         self.text = ""
         self.finish_reason: str | None = None
         self._model, self._params, self._stops, self._tokenizer = model, params, stops, tokenizer
-        self._new_tokens = new_tokens
+        self._new_tokens, self._cache_dtype = new_tokens, cache_dtype
         self._times: list[float] = []  # when it began, and each token came
         self._tokens = self._run()
 
@@ -152,7 +153,7 @@ class Generation:
         model, params, n = self._model, self._params, self._params.logprobs
         length, vocab = len(self.prompt_ids), model.config.vocab_size
         rows = min(_power_of_two(length + self._new_tokens, _SMALLEST_CACHE), model.config.max_position_embeddings)
-        cache = empty(model, rows)
+        cache = empty(model, rows, self._cache_dtype)
         state = SamplingState.from_params([params], [self.prompt_ids], vocab)
         if self._tokenizer:  # rows of the head beyond the vocabulary are padding: see `_draw`
             beyond = jnp.arange(vocab) >= self._tokenizer.vocab_size
@@ -173,10 +174,10 @@ class Generation:
             position += 1
 
 
-@functools.partial(jax.jit, static_argnames="rows", keep_unused=True)
-def empty(model: Transformer, rows: int) -> ContiguousCache:
+@functools.partial(jax.jit, static_argnames=("rows", "dtype"), keep_unused=True)
+def empty(model: Transformer, rows: int, dtype: jnp.dtype) -> ContiguousCache:
     """An empty cache that lives where the model does, like those to come: else `prefill` would be compiled twice."""
-    return ContiguousCache.create(model.config, 1, rows, model.dtype)
+    return ContiguousCache.create(model.config, 1, rows, dtype)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

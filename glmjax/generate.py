@@ -33,6 +33,7 @@ class Arguments:
         tokenizer_path: directory of tokenizer.json, where it is not beside the weights.
         load_format: where weights come from; "dummy" makes random ones.
         dtype: of weights and activations; default float32 on CPU, bfloat16 elsewhere.
+        kv_cache_dtype: of cached rows; default that of the model.
         fp8: keep an FP8 checkpoint's matrices as FP8, or dequantise them while loading.
         chat: apply the checkpoint's chat template to the prompt.
         system: system message, with --chat.
@@ -54,6 +55,7 @@ class Arguments:
     tokenizer_path: Path | None = None
     load_format: LoadFormat = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None
+    kv_cache_dtype: Literal["float32", "bfloat16"] | None = None
     fp8: Fp8 = "keep"
     chat: bool = False
     system: str | None = None
@@ -123,6 +125,7 @@ def _begin(arguments: Arguments, text: str) -> Generation:
         dtype=arguments.dtype,
         load_format=arguments.load_format,
         fp8=arguments.fp8,
+        kv_cache_dtype=arguments.kv_cache_dtype,
         tokenizer_path=arguments.tokenizer_path,
     )
     if not arguments.chat:

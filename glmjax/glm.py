@@ -74,11 +74,13 @@ def load(
     tokenizer_path: str | os.PathLike[str] | None = None,
     place: Placement = on_one_device,
     seed: int = 0,
+    kv_cache_dtype: Any = None,
 ) -> GLM:
     """Load a model with its tokenizer; without a path the one in the box.
 
     See `glmjax.model.checkpoint.load` for the arguments and errors. A directory without ``tokenizer.json`` gives a model
-    that takes and gives token ids only.
+    that takes and gives token ids only. ``kv_cache_dtype`` is that of cached rows: default the model's, or bfloat16 under
+    a float32 model.
     """
     weights = checkpoint.load(
         model_path, dtype=dtype, load_format=load_format, fp8=fp8, mtp=mtp, place=place, seed=seed
@@ -90,6 +92,7 @@ def load(
         Tokenizer.from_dir(text) if has_text else None,
         ChatTemplate.from_dir(text),
         Stops.from_dir(model_path).extended(token_ids=weights.config.eos_token_id),
+        kv_cache_dtype,
     )
 
 
@@ -101,12 +104,21 @@ class GLM:
         tokenizer: None where the checkpoint has none.
         chat_template: the checkpoint's own, or None.
         stops: token ids that end a generation.
+        kv_cache_dtype: of the rows that `generate` caches.
     """
 
     def __init__(
-        self, weights: Transformer, tokenizer: Tokenizer | None, chat_template: ChatTemplate | None, stops: Stops
+        self,
+        weights: Transformer,
+        tokenizer: Tokenizer | None,
+        chat_template: ChatTemplate | None,
+        stops: Stops,
+        kv_cache_dtype: Any = None,
     ):
         self.weights, self.tokenizer, self.chat_template, self.stops = weights, tokenizer, chat_template, stops
+        self.kv_cache_dtype = jnp.dtype(kv_cache_dtype or weights.dtype)
+        if self.kv_cache_dtype not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(f"kv_cache_dtype is {self.kv_cache_dtype}; rows are cached in float32 or bfloat16")
 
     @property
     def config(self) -> GlmConfig:
@@ -168,7 +180,8 @@ class GLM:
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; this model was loaded without one")
         stops = self.stops.extended(params.stop_token_ids, params.stop, params.ignore_eos)
-        return Generation(self.weights, ids, params, stops, self.tokenizer, params.max_new_tokens or room)
+        new_tokens = params.max_new_tokens or room
+        return Generation(self.weights, ids, params, stops, self.tokenizer, new_tokens, self.kv_cache_dtype)
 
     def encode(self, prompt: Prompt, **template: Any) -> list[int]:
         """Token ids of a prompt as `generate` takes it.

@@ -96,18 +96,12 @@ def test_greedy_tokens_are_the_argmax_of_the_whole_sequence_forward(ids_only, le
 def test_prefill_in_chunks_of_any_size_gives_the_same_tokens(ids_only, monkeypatch, smallest, largest):
     monkeypatch.setattr(decoding, "_SMALLEST_CHUNK", smallest)
     monkeypatch.setattr(decoding, "_LARGEST_CHUNK", largest)
+    program, before = decoding.prefill, decoding.prefill._cache_size()
     shapes = spy(monkeypatch, "prefill", lambda model, cache, ids, positions: ids.shape[1])
     generation = greedy(ids_only, list(range(30, 51)))  # 21 tokens: the last chunk is partly padding
     assert_best(predictions(ids_only, generation), generation.ids)
     assert shapes == [largest] * math.ceil(21 / largest)
-
-
-def test_chunks_share_one_program(ids_only, monkeypatch):
-    monkeypatch.setattr(decoding, "_LARGEST_CHUNK", 16)
-    greedy(ids_only, list(range(30, 40)), max_new_tokens=1)
-    before = decoding.prefill._cache_size()
-    greedy(ids_only, list(range(30, 70)), max_new_tokens=1)
-    assert decoding.prefill._cache_size() == before
+    assert program._cache_size() <= before + 1  # the first chunk's program is that of the others
 
 
 def spy(monkeypatch, name: str, keep) -> list:

@@ -48,7 +48,6 @@ def test_an_unknown_name_is_an_attribute_error_that_says_so():
     assert not hasattr(glmjax, "lode")
 
 
-@pytest.mark.xfail(strict=True, reason="glmjax/__init__.py has no __dir__: tab completion shows no public name")
 def test_dir_lists_the_public_names_before_they_are_used():
     assert set(glmjax.__all__) <= set(run("import glmjax; print(*dir(glmjax))").split())
 
