@@ -105,6 +105,7 @@ def save(model: Transformer, directory: str | os.PathLike[str], raw_config: dict
     directory.mkdir(parents=True, exist_ok=True)
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors(model).items()}
     save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)  # the library makes it readable to its owner only
     raw_config = {key: value for key, value in raw_config.items() if key != "quantization_config"}
     (directory / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n", encoding="utf-8")
 

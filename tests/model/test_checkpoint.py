@@ -336,6 +336,12 @@ def test_a_converted_checkpoint_takes_another_dtype(converted):
     identical(checkpoint.load(converted / "sparse", dtype=jnp.bfloat16), wanted)
 
 
+def test_large_arrays_are_converted_and_read_in_chunks(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint, "_CHUNK", 10_000)  # no multiple of any row
+    checkpoint.convert(GOLDEN / "dense", tmp_path / "target")
+    identical(checkpoint.load(tmp_path / "target"), checkpoint.load(GOLDEN / "dense"))
+
+
 def test_the_mtp_layer_of_a_converted_checkpoint_can_be_left_out(converted):
     identical(checkpoint.load(converted / "sparse", mtp=False), checkpoint.load(GOLDEN / "sparse", mtp=False))
 
