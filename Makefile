@@ -8,10 +8,10 @@ export JAX_PLATFORMS ?= cpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready  ## Complete Python code with the model in the box.
-	$(BIN)/python -m glmjax.generate --temperature 0 --max-new-tokens 96 "$$(cat docs/demo.txt)"
+	$(BIN)/python -m glmjax.generate --temperature 0.4 --random-seed 5 --max-new-tokens 40 < docs/demo.txt
 
 test: $(VENV)/ready  ## The whole test suite, on the CPU.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -19,12 +19,13 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready  ## Speed and memory on this machine.
 	$(BIN)/python -m benchmarks.generate
-	$(BIN)/python -m benchmarks.load_memory
+	$(BIN)/python -m benchmarks.load_memory --formats bf16 fp8 orbax
 
 compile-check: $(VENV)/ready .aot/ready  ## Compile kernels and model for an H200; no GPU needed.
 	JAX_PLATFORMS=cpu PYTHONPATH=$(CURDIR)/.aot $(BIN)/python -m glmjax.pallas.aot
 
-gpu: $(VENV)/ready  ## What needs an NVIDIA GPU.
+gpu: $(VENV)/ready  ## Correctness on an NVIDIA GPU.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[gpu]'
 	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu
 
 $(VENV)/ready: pyproject.toml

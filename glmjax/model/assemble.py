@@ -19,7 +19,7 @@ from glmjax.model.config import GlmConfig
 from glmjax.model.names import Piece, pieces
 from glmjax.model.shards import CheckpointError, Shards
 from glmjax.model.transformer import Transformer
-from glmjax.model.weights import Weight
+from glmjax.model.weights import Weight, random_source
 
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """From a weight's letters and shape to where it lives."""
@@ -35,7 +35,7 @@ def on_one_device(letters: str, shape: tuple[int, ...]) -> jax.sharding.Sharding
 
 def abstract(config: GlmConfig, dtype: Any, *, mtp: bool, fp8: bool) -> Transformer:
     """The model with shapes and dtypes for weights; nothing is allocated."""
-    return nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0), mtp=mtp, fp8=fp8))
+    return nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=random_source(0), mtp=mtp, fp8=fp8))
 
 
 def named_weights(model: Transformer) -> dict[str, Weight]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import tyro
 from flax import nnx
 
-from glmjax.model import names
+from glmjax.model import assemble, names
 from glmjax.model.config import Fp8Format, GlmConfig
 from glmjax.model.transformer import Transformer
 
@@ -51,7 +51,7 @@ def abstract(config: GlmConfig, *, mtp: bool, fp8: bool = False) -> Transformer:
     """
     if fp8 and config.quantization is None:
         config = dataclasses.replace(config, quantization=Fp8Format())
-    return nnx.eval_shape(lambda: Transformer(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), mtp=mtp, fp8=fp8))
+    return assemble.abstract(config, jnp.bfloat16, mtp=mtp, fp8=fp8)
 
 
 def census(config: GlmConfig) -> dict[str, int]:

@@ -17,13 +17,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 import tyro
-from flax import nnx
 from safetensors.numpy import save_file
 
 from glmjax.model.assemble import Placement, abstract, aligned, fill, has_mtp, named_weights, on_one_device, tensors
 from glmjax.model.config import GlmConfig
 from glmjax.model.shards import CheckpointError, Shards
 from glmjax.model.transformer import Transformer
+from glmjax.model.weights import random_source
 
 LoadFormat = Literal["auto", "safetensors", "orbax", "dummy"]
 Fp8 = Literal["keep", "dequantize"]
@@ -172,7 +172,7 @@ def _random(config: GlmConfig, dtype: Any, seed: int, mtp: bool, fp8: bool, plac
     """Random weights; of a sharded model, each part is made where it lives."""
 
     def draw() -> Transformer:
-        return Transformer(config, dtype=dtype, rngs=nnx.Rngs(seed), mtp=mtp, fp8=fp8)
+        return Transformer(config, dtype=dtype, rngs=random_source(seed), mtp=mtp, fp8=fp8)
 
     if place is on_one_device:
         return draw()

@@ -14,6 +14,11 @@ from flax import nnx
 from glmjax.pallas.stack import Stack
 
 
+def random_source(seed: int) -> nnx.Rngs:
+    """Where initial weights come from: the generator that compiles fastest, as there is a program per shape."""
+    return nnx.Rngs(jax.random.key(seed, impl="rbg"))
+
+
 class Weight(nnx.Module):
     """One array of weights, usually stacked over layers, with its scales where it is stored as FP8.
 

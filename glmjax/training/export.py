@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from glmjax.model.transformer import Transformer
 from glmjax.training.run import Run
 
 
-def cast(model: Transformer, dtype: jnp.dtype) -> Transformer:
+def cast(model: Transformer, dtype: Any) -> Transformer:
     """The model with its weights in another dtype; the routers' biases stay float32."""
     graph, weights = nnx.split(model)
 

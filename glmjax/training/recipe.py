@@ -123,7 +123,7 @@ def balance(model: Transformer, load_LE: jax.Array, recipe: Recipe) -> Transform
     """Raise the bias of experts with less than their share of the tokens, lower that of the others."""
     bias = model.experts.router_bias_LE.values
     moved_LE = bias[...] + recipe.balance_rate * jnp.sign(1 / load_LE.shape[1] - load_LE)
-    weights = _weights(model)
+    weights = jax.tree.map(lambda array: array, _weights(model))  # its variables are new ones, the model's stay
     weights["experts"]["router_bias_LE"]["values"].set_value(moved_LE)
     return _with(model, weights)
 

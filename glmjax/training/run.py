@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
 from tqdm import tqdm
 
 from glmjax.model.config import GlmConfig
 from glmjax.model.transformer import Transformer
+from glmjax.model.weights import random_source
 from glmjax.training.data import Tokens, training_batches
 from glmjax.training.recipe import Recipe, TrainState, start, train_step
 
@@ -48,7 +48,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self._settle_recipe(config)
         self._checkpoints = _checkpoints(folder)
-        self.state = start(Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(recipe.seed)), recipe)
+        self.state = start(Transformer(config, dtype=jnp.float32, rngs=random_source(recipe.seed)), recipe)
         self._batches_state: Any = None
         if (latest := self._checkpoints.latest_step()) is not None:
             self.state, self._batches_state = _restore(self._checkpoints, latest, self.state)
@@ -63,7 +63,7 @@ class Run:
         checkpoints = _checkpoints(folder)
         if (latest := checkpoints.latest_step()) is None:
             raise FileNotFoundError(f"no checkpoint in {folder / 'checkpoints'}; train first")
-        state = start(Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), Recipe())
+        state = start(Transformer(config, dtype=jnp.float32, rngs=random_source(0)), Recipe())
         return _restore(checkpoints, latest, state)[0]
 
     @property

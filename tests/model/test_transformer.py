@@ -12,6 +12,7 @@ from glmjax.model.assemble import abstract
 from glmjax.model.cache import ContiguousCache, previous_hidden
 from glmjax.model.config import Fp8Format
 from glmjax.model.transformer import Transformer
+from glmjax.model.weights import random_source
 from glmjax.pallas import blocks
 
 
@@ -105,14 +106,14 @@ def test_drafting_without_mtp_weights_is_refused(sparse):
 
 def test_fp8_needs_a_format(sparse):
     with pytest.raises(ValueError, match="no quantization"):
-        Transformer(sparse.model.config, dtype=jnp.float32, rngs=nnx.Rngs(0), fp8=True)
+        Transformer(sparse.model.config, dtype=jnp.float32, rngs=random_source(0), fp8=True)
     config = dataclasses.replace(sparse.model.config, quantization=Fp8Format())
     assert abstract(config, jnp.float32, mtp=False, fp8=True).experts.down_LEDF.array.dtype == jnp.uint8
 
 
 def test_the_head_can_be_the_embedding(sparse):
     config = dataclasses.replace(sparse.model.config, tie_word_embeddings=True)
-    model = Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(0), mtp=False)
+    model = Transformer(config, dtype=jnp.float32, rngs=random_source(0), mtp=False)
     assert model.head_VD is None
     hidden = jnp.ones((1, 1, config.hidden_size))
     np.testing.assert_allclose(model.head(hidden)[0, 0], model.embed_VD.array.sum(axis=1), rtol=1e-4, atol=1e-4)

@@ -5,10 +5,10 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from glmjax.model.config import GlmConfig
 from glmjax.model.transformer import Transformer
+from glmjax.model.weights import random_source
 from glmjax.training.data import Tokens
 
 TINY = GlmConfig(
@@ -42,7 +42,7 @@ def tiny_config() -> GlmConfig:
 
 @functools.cache
 def _model() -> Transformer:
-    return Transformer(TINY, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    return Transformer(TINY, dtype=jnp.float32, rngs=random_source(0))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from glmjax.training.corpus import Document
 
 unhurried = hypothesis.settings(deadline=None)  # the machine may be busy
 
-NANO = Path(__file__).parents[2] / "configs" / "nano"
+NANO = Path(__file__).parents[2] / "glmjax" / "nano"
 TEXTS = ("def f(x):\n    return x + 12345\n\n\nclass C:\n    def f(self):\n        return self.name\n",) * 3
 
 
