@@ -404,7 +404,7 @@ def unchecked():
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_steps_memory_does_not_grow_with_the_cache(ids_only):
-    """But by one query's scores and by one layer's index keys, which XLA's CPU backend copies; never by the layers."""
+    """Neither with what is cached nor with the scores of the query, which passes over windows of keys."""
     config, model = ids_only.config, ids_only.weights
     state = SamplingState.from_params([SamplingParams(temperature=0)], [PROMPT], VOCABULARY)
 
@@ -414,10 +414,8 @@ def test_a_steps_memory_does_not_grow_with_the_cache(ids_only):
         found = decoding.decode.lower(model, cache, state, token, token, None).compile().memory_analysis()
         return found.temp_size_in_bytes, found.alias_size_in_bytes, sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
 
-    (small, *_), (large, aliased, size) = memory(1024), memory(2048)
-    scores, keys = 4 * (config.index_n_heads + 4), 4 * config.index_head_dim  # bytes per position
-    assert large - small <= 1024 * (scores + keys)
-    assert large < size / 4
+    (small, *_), (large, aliased, size) = memory(8192), memory(16384)
+    assert large == small < size / 10
     assert aliased >= size
 
 

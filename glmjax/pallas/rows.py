@@ -73,6 +73,20 @@ class Rows:
         batch, pages = pages_BM.shape
         return layer_GAC[pages_BM].reshape(batch, pages * self.page_size, self.width)
 
+    def window(self, layer: jax.Array | int, pages_BM: jax.Array | None, start: jax.Array, size: int) -> jax.Array:
+        """Rows start … start + size − 1 of each sequence, [B, size, C]; with a page table both are whole pages."""
+        if pages_BM is None:
+            starts = [jnp.asarray(i, jnp.int32) for i in (layer, 0, start, 0)]
+            _, pages, _, width = self.values_LGAC.shape
+            return lax.dynamic_slice(self.values_LGAC, starts, (1, pages, size, width))[0]
+        pages_BM = lax.dynamic_slice_in_dim(pages_BM, start // self.page_size, size // self.page_size, axis=1)
+        return self.values_LGAC[layer, pages_BM].reshape(pages_BM.shape[0], size, self.width)
+
+    def window_size(self, pages_BM: jax.Array | None, wanted: int) -> int:
+        """Rows of a window of about the wanted size."""
+        whole = 1 if pages_BM is None else self.page_size
+        return min(max(1, wanted // whole) * whole, self.capacity(pages_BM))
+
     def gather(self, layer: jax.Array | int, pages_BM: jax.Array | None, position_BTK: jax.Array) -> jax.Array:
         """The rows at positions of each sequence, [B, T, K, C]; nothing else is read."""
         layers, pages, page_size, width = self.values_LGAC.shape

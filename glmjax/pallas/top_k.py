@@ -30,18 +30,27 @@ def top_k(
     k = min(k, length)
     rows = scores_BTS.shape[0] * scores_BTS.shape[1]
     method = by_bisection if rows >= _BISECT_ROWS and length <= _BISECT_LENGTH else by_sorting
+    return method(comparable(scores_BTS, visible_BTS), visible_BTS, k)
+
+
+def comparable(scores_BTS: jax.Array, visible_BTS: jax.Array) -> jax.Array:
+    """Scores that every method orders alike: one zero, nothing visible at −inf, everything else there."""
     float32 = jnp.finfo(jnp.float32)
     scores_BTS = jnp.where(jnp.abs(scores_BTS) < float32.tiny, 0.0, jnp.maximum(scores_BTS, float32.min))
-    return method(jnp.where(visible_BTS, scores_BTS, -jnp.inf), visible_BTS, k)
+    return jnp.where(visible_BTS, scores_BTS, -jnp.inf)
+
+
+def ascending(position_BTK: jax.Array) -> jax.Array:
+    """Positions in order, −1 (none) after them."""
+    none = jnp.iinfo(jnp.int32).max
+    sorted_BTK = jnp.sort(jnp.where(position_BTK < 0, none, position_BTK), axis=-1)
+    return jnp.where(sorted_BTK == none, -1, sorted_BTK)
 
 
 def by_sorting(scores_BTS: jax.Array, visible_BTS: jax.Array, k: int) -> jax.Array:
     """`lax.top_k`, which is stable: the best for few rows or long ones."""
     _, selected_BTK = lax.top_k(scores_BTS, k)
-    none = scores_BTS.shape[-1]
-    seen_BTK = jnp.take_along_axis(visible_BTS, selected_BTK, axis=-1)
-    ascending_BTK = jnp.sort(jnp.where(seen_BTK, selected_BTK, none), axis=-1)
-    return jnp.where(ascending_BTK == none, -1, ascending_BTK)
+    return ascending(jnp.where(jnp.take_along_axis(visible_BTS, selected_BTK, axis=-1), selected_BTK, -1))
 
 
 def by_bisection(scores_BTS: jax.Array, visible_BTS: jax.Array, k: int) -> jax.Array:

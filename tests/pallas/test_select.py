@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import glmjax.pallas.select as selecting
 from glmjax.pallas import blocks
 from glmjax.pallas.rows import Rows
 from glmjax.pallas.select import index_scores, select
@@ -109,6 +110,29 @@ def test_shuffled_pages_select_what_contiguous_rows_do():
     rows, table = paged()
     for layer in range(L):
         np.testing.assert_array_equal(run(WHOLE, rows, layer, table, 5), expected(layer, 5))
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 16, 23])
+@pytest.mark.parametrize("k", [1, 5, 23])
+def test_few_queries_pass_over_windows_of_keys_and_select_the_same(window, k, monkeypatch):
+    """Windows that divide the capacity or not, below and above k, contiguous and of whole shuffled pages."""
+    monkeypatch.setattr(selecting, "_WINDOW", window)
+    q, weights, _, first, last = (jnp.asarray(x) for x in case())
+    for rows, table in ((contiguous(), None), paged()):
+        found = jax.jit(lambda rows, table: select(q, weights, rows, 1, table, first, last, k))(rows, table)
+        np.testing.assert_array_equal(found, expected(1, k))
+
+
+def test_windows_beyond_the_last_visible_position_are_not_read(monkeypatch):
+    monkeypatch.setattr(selecting, "_WINDOW", 4)
+    q, weights, keys, first, _ = case()
+    poisoned = np.array(keys)
+    poisoned[:, :, 8:] = np.nan
+    last = np.minimum(case()[4], 7)
+    args = [jnp.asarray(x) for x in (q, weights)]
+    bounds = [jnp.asarray(x) for x in (first, last)]
+    clean, dirty = (select(*args, Rows(jnp.asarray(k)), 0, None, *bounds, 5) for k in (keys, poisoned))
+    np.testing.assert_array_equal(clean, dirty)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
