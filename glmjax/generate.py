@@ -14,10 +14,11 @@ import jax
 import tyro
 
 from glmjax.decoding import Generation
-from glmjax.glm import NANO, load
+from glmjax.glm import load
 from glmjax.model.checkpoint import Fp8, LoadFormat
 from glmjax.model.config import GlmConfig
 from glmjax.model.sampling_params import SamplingParams
+from glmjax.nano import NANO
 
 _DEFAULTS = SamplingParams()
 _INTERRUPTED = 130  # the shell's exit status for Ctrl-C

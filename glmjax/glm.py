@@ -24,9 +24,7 @@ from glmjax.model.sampling_params import SamplingParams
 from glmjax.model.stops import Stops
 from glmjax.model.tokenizer import Tokenizer
 from glmjax.model.transformer import LayerView, Transformer
-
-NANO = Path(__file__).parent / "nano"
-"""The model in the box."""
+from glmjax.nano import NANO
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | np.ndarray | jax.Array | Sequence[Message]

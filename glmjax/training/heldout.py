@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import tyro
 from tokenizers import Tokenizer
 
-from glmjax.glm import NANO
 from glmjax.model import checkpoint
 from glmjax.model.cache import ContiguousCache
 from glmjax.model.transformer import Transformer
+from glmjax.nano import NANO
 from glmjax.training import corpus
 from glmjax.training.data import bits_per_byte, heldout_rows, tokenize
 from glmjax.training.losses import cross_entropy

@@ -11,7 +11,7 @@ from glmjax.pallas import aot
 from glmjax.pallas.aot import Check, Kernel, Limits, Report
 
 MOSAIC_LOG = """\
-ptxas /tmp/tempfile-1, line 224; info    : Potential out of bound access while accessing symbol '__dynamic_shmem__0'.
+ptxas /tmp/glmjax-1, line 224; info    : Potential out of bound access while accessing symbol '__dynamic_shmem__0'.
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'rms_norm_mosaic_gpu_kernel' for 'sm_90a'
 ptxas info    : Function properties for rms_norm_mosaic_gpu_kernel
