@@ -17,7 +17,7 @@ import numpy as np
 from glmjax.decoding import Generation
 from glmjax.model import checkpoint
 from glmjax.model.assemble import Placement, on_one_device
-from glmjax.model.cache import ContiguousCache, previous_hidden
+from glmjax.model.cache import previous_hidden, whole_sequences
 from glmjax.model.chat import ChatTemplate
 from glmjax.model.config import GlmConfig
 from glmjax.model.sampling_params import SamplingParams
@@ -229,9 +229,7 @@ def _forward(weights: Transformer, ids_BT: jax.Array, trace: bool) -> tuple[Any,
     def choices(view: LayerView) -> tuple[jax.Array, jax.Array | None]:
         return view.selected_BTK, view.choice_BTX
 
-    batch, length = ids_BT.shape
-    cache = ContiguousCache.create(weights.config, batch, length, weights.dtype, layered=False)
-    step = cache.step(jnp.broadcast_to(jnp.arange(length), ids_BT.shape))
+    cache, step = whole_sequences(weights.config, ids_BT, weights.dtype)
     out = weights.backbone(ids_BT, cache, step, observe=choices if trace else None)
     mtp_logits = None
     if weights.mtp is not None:

@@ -49,8 +49,12 @@ def named_weights(model: Transformer) -> dict[str, Weight]:
 
 def has_mtp(config: GlmConfig, shards: Shards) -> bool:
     """Whether the checkpoint has any tensor of the MTP layer; Hugging Face's ``save_pretrained`` drops them all."""
-    prefix = f"model.layers.{config.num_hidden_layers}."
-    return config.num_nextn_predict_layers > 0 and any(name.startswith(prefix) for name in shards)
+    return config.num_nextn_predict_layers > 0 and any(name.startswith(mtp_prefix(config)) for name in shards)
+
+
+def mtp_prefix(config: GlmConfig) -> str:
+    """How the names of the MTP layer's tensors begin."""
+    return f"model.layers.{config.num_hidden_layers}."
 
 
 def fill(model: Transformer, shards: Shards, place: Placement = on_one_device) -> None:

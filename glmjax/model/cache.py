@@ -163,6 +163,22 @@ class ContiguousCache:
         return jnp.asarray(layer if self.layered else 0, jnp.int32)
 
 
+def whole_sequences(
+    config: GlmConfig, ids_BT: jax.Array, dtype: Any, first_BT: jax.Array | None = None
+) -> tuple[ContiguousCache, Step]:
+    """Cache and plan of one forward over sequences from their first token on; the cache keeps one layer at a time.
+
+    Args:
+        config: the model's.
+        ids_BT: the tokens, of which only the shape matters.
+        dtype: of the rows.
+        first_BT: the lowest row each token sees, in packed rows.
+    """
+    cache = ContiguousCache.create(config, *ids_BT.shape, dtype, layered=False)
+    position_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape)
+    return cache, cache.step(position_BT, first_BT)
+
+
 def last_token(step: Step, hidden_BTD: jax.Array, otherwise_BD: jax.Array) -> jax.Array:
     """The hidden state of each sequence's last token that is not padding; `otherwise_BD` where all are."""
     real_BT = step.positions_BT >= 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,10 +63,10 @@ def census(config: GlmConfig) -> dict[str, int]:
         KeyError: a weight that belongs to no group.
     """
     counts = dict.fromkeys([*GROUPS.values(), MTP], 0)
-    for path, array in _arrays(abstract(config, mtp=False)):
-        counts[GROUPS.get(path) or GROUPS[path.split(".")[0]]] += math.prod(array.shape)
+    for path, weight in assemble.named_weights(abstract(config, mtp=False)).items():
+        counts[GROUPS.get(path) or GROUPS[path.split(".")[0]]] += weight.array.size
     if config.num_nextn_predict_layers:
-        everything = sum(math.prod(array.shape) for _, array in _arrays(abstract(config, mtp=True)))
+        everything = sum(w.array.size for w in assemble.named_weights(abstract(config, mtp=True)).values())
         counts[MTP] = everything - sum(counts.values())
     return counts
 
@@ -102,12 +101,6 @@ def table(config: GlmConfig) -> str:
         rows.append((label, f"{size:,}", f"{size / 2**30:.1f} GiB"))
     rows.append(("checkpoint tensors, bf16", f"{tensors:,}", ""))
     return "\n".join(f"{name:<26}{value:>20}{note:>12}".rstrip() for name, value, note in rows)
-
-
-def _arrays(model: Transformer) -> list[tuple[str, Any]]:
-    """Paths, as in `names`, and shapes of a model's weights, in the groups' order."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return [(".".join(map(str, path[:-1])), variable) for path, variable in flat]
 
 
 def main(config: tyro.conf.Positional[Path], /) -> None:

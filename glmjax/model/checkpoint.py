@@ -19,7 +19,17 @@ import tensorstore as ts
 import tyro
 from safetensors.numpy import save_file
 
-from glmjax.model.assemble import Placement, abstract, aligned, fill, has_mtp, named_weights, on_one_device, tensors
+from glmjax.model.assemble import (
+    Placement,
+    abstract,
+    aligned,
+    fill,
+    has_mtp,
+    mtp_prefix,
+    named_weights,
+    on_one_device,
+    tensors,
+)
 from glmjax.model.config import GlmConfig
 from glmjax.model.shards import CheckpointError, Shards
 from glmjax.model.transformer import Transformer
@@ -84,10 +94,9 @@ def load(
     shards = Shards.open(directory)
     found = has_mtp(config, shards)
     if mtp and not found:
-        raise CheckpointError(f"{directory} has no MTP layer (model.layers.{config.num_hidden_layers}.*); load without")
+        raise CheckpointError(f"{directory} has no MTP layer ({mtp_prefix(config)}*); load without")
     if mtp is False and found:
-        prefix = f"model.layers.{config.num_hidden_layers}."
-        shards = Shards({name: tensor for name, tensor in shards.items() if not name.startswith(prefix)})
+        shards = Shards({name: t for name, t in shards.items() if not name.startswith(mtp_prefix(config))})
     model = abstract(config, dtype, mtp=found if mtp is None else mtp, fp8=keep)
     fill(model, shards, place)
     return model

@@ -10,7 +10,7 @@ import tyro
 from tokenizers import Tokenizer
 
 from glmjax.model import checkpoint
-from glmjax.model.cache import ContiguousCache
+from glmjax.model.cache import whole_sequences
 from glmjax.model.transformer import Transformer
 from glmjax.nano import NANO
 from glmjax.training import corpus
@@ -22,23 +22,21 @@ from glmjax.training.losses import cross_entropy
 def scored_nll(model: Transformer, ids_BT: jax.Array, start_BT: jax.Array, scored_BT: jax.Array) -> jax.Array:
     """Sum of −log p (nats) over the scored targets of a batch of `heldout_rows`."""
     inputs_BT = ids_BT[:, :-1]
-    cache = ContiguousCache.create(model.config, *inputs_BT.shape, model.dtype, layered=False)
-    step = cache.step(jnp.broadcast_to(jnp.arange(inputs_BT.shape[1]), inputs_BT.shape), start_BT[:, :-1])
+    cache, step = whole_sequences(model.config, inputs_BT, model.dtype, start_BT[:, :-1])
     out = model.backbone(inputs_BT, cache, step)
     nll_BT = cross_entropy(model.head(out.hidden_BTD), ids_BT[:, 1:])
     return jnp.sum(jnp.where(scored_BT[:, 1:], nll_BT, 0.0))
 
 
-def heldout_bits_per_byte(model: Transformer, tokenizer: Tokenizer, *, seq_len: int, limit: int | None = None) -> float:
+def heldout_bits_per_byte(model: Transformer, tokenizer: Tokenizer, *, seq_len: int) -> float:
     """Over the held-out modules, every token scored once with at least half a row of context.
 
     Args:
         model: to measure.
         tokenizer: its own.
         seq_len: predictions per row.
-        limit: measure the first so many documents only.
     """
-    documents = corpus.load().held_out[:limit]
+    documents = corpus.load().held_out
     tokens = tokenize(documents, tokenizer)
     rows = heldout_rows(tokens, batch_size=4, seq_len=seq_len, context=seq_len // 2)
     total = sum(float(scored_nll(model, r["ids_BT"], r["start_BT"], r["scored_BT"])) for r in rows)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from glmjax.model.cache import ContiguousCache, previous_hidden
+from glmjax.model.cache import previous_hidden, whole_sequences
 from glmjax.model.transformer import LayerView, Observer, Transformer
 from glmjax.pallas.precision import einsum
 from glmjax.pallas.select import index_scores
@@ -42,17 +42,14 @@ def losses(
         remat: see `Transformer.backbone`.
     """
     target_BT, ids_BT, start_BT = ids_BT[:, 1:], ids_BT[:, :-1], start_BT[:, :-1]
-    batch, length = ids_BT.shape
-    cache = ContiguousCache.create(model.config, batch, length, model.dtype, layered=False)
-    position_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), ids_BT.shape)
-    step = cache.step(position_BT, start_BT)
+    cache, step = whole_sequences(model.config, ids_BT, model.dtype, start_BT)
     observe = _observer(model, distilled)
 
     main = model.backbone(ids_BT, cache, step, observe=observe, remat=remat)
     next_token = jnp.mean(cross_entropy(model.head(main.hidden_BTD), target_BT))
     previous_BTD = previous_hidden(main.hidden_BTD, cache.tail_BD)
     draft = model.draft(ids_BT, previous_BTD, cache, step, observe=observe)
-    drafted_BT = (position_BT > start_BT).astype(jnp.float32)  # a document's first row has no hidden before it
+    drafted_BT = (step.positions_BT > start_BT).astype(jnp.float32)  # a document's first row has no hidden before it
     mtp_BT = cross_entropy(model.head(draft.hidden_BTD), target_BT) * drafted_BT
     seen = [*main.observed, *draft.observed]
     return Losses(
