@@ -8,23 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
 import glmjax
+from benchmarks.measure import bytes_per_token, machine, read_bandwidths
 from glmjax.glm import GLM
-from glmjax.model.assemble import named_weights
 from glmjax.model.checkpoint import LoadFormat
 
 CONFIGURATION = Path(__file__).parents[1] / "configs" / "nano.json"
@@ -51,45 +45,6 @@ class Arguments:
     new_tokens: int = 48
     repeats: int = 5
     read_mib: int = 256
-
-
-def bytes_per_token(glm: GLM) -> int:
-    """Bytes of weights that decoding one token reads.
-
-    Of the routed experts those chosen, of the embedding one row, of the MTP layer (the last entry of its stacks) nothing.
-    """
-    config, total = glm.config, 0.0
-    mtp = glm.weights.mtp is not None
-    for name, weight in named_weights(glm.weights).items():
-        size = sum(array.nbytes for array in (weight.array, weight.scales) if array is not None)
-        if name.startswith("mtp."):
-            continue
-        if name == "embed_VD" and not config.tie_word_embeddings:
-            size /= config.vocab_size
-        if mtp and weight.letters.startswith("L") and not name.startswith("dense_"):
-            size *= 1 - 1 / weight.array.shape[0]
-        if name in ("experts.gate_up_LE2FD", "experts.down_LEDF"):
-            size *= config.num_experts_per_tok / config.n_routed_experts
-        total += size
-    return round(total)
-
-
-def read_bandwidths(mib: int) -> Any:
-    """A function that measures NumPy's and JAX's bytes per second over a sum of `mib` MiB, warmed up."""
-    host = np.ones(mib * 2**18, np.float32)
-    device = jnp.ones(mib * 2**18, jnp.float32)
-    total = jax.jit(jnp.sum)
-
-    def measure() -> float:
-        found = []
-        for add, array in ((np.sum, host), (total, device)):
-            began = time.perf_counter()
-            float(add(array))
-            found.append(array.nbytes / (time.perf_counter() - began))
-        return max(found)
-
-    measure()
-    return measure
 
 
 def run(glm: GLM, arguments: Arguments) -> str:
@@ -125,19 +80,6 @@ def run(glm: GLM, arguments: Arguments) -> str:
         )
     lines.append(f"memory reads {bandwidth / 1e9:.2f} GB/s; medians of {arguments.repeats} interleaved runs")
     return "\n".join(lines)
-
-
-def machine() -> str:
-    """What the numbers depend on."""
-    device = jax.devices()[0]
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            cpu = line.split(":", 1)[1].strip()
-            break
-    versions = ", ".join(f"{name} {version(name)}" for name in ("glmjax", "jax", "jaxlib", "flax", "numpy"))
-    load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
-    return f"{device.device_kind} ({cpu}, {os.cpu_count()} cores{load}); Python {platform.python_version()}, {versions}"
 
 
 def main(arguments: Arguments) -> None:

@@ -25,6 +25,7 @@ from glmjax.model.stops import Stops
 from glmjax.model.tokenizer import Tokenizer
 from glmjax.model.transformer import LayerView, Transformer
 from glmjax.nano import NANO
+from glmjax.pallas.selection import positions
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | np.ndarray | jax.Array | Sequence[Message]
@@ -227,7 +228,7 @@ class GLM:
 @functools.partial(jax.jit, static_argnames="trace")
 def _forward(weights: Transformer, ids_BT: jax.Array, trace: bool) -> tuple[Any, ...]:
     def choices(view: LayerView) -> tuple[jax.Array, jax.Array | None]:
-        return view.selected_BTK, view.choice_BTX
+        return positions(view.selected, weights.config.index_topk), view.choice_BTX
 
     cache, step = whole_sequences(weights.config, ids_BT, weights.dtype)
     out = weights.backbone(ids_BT, cache, step, observe=choices if trace else None)

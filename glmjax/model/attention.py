@@ -15,6 +15,7 @@ from glmjax.model.layers import Rope
 from glmjax.model.weights import Declare
 from glmjax.pallas.project import project
 from glmjax.pallas.rms_norm import rms_norm
+from glmjax.pallas.selection import Selection
 
 
 class Attention(nnx.Module):
@@ -65,11 +66,11 @@ class Attention(nnx.Module):
         return jnp.concatenate([q_BTNR, rope.rotate(q_rope_BTNP)], axis=-1)
 
     def __call__(
-        self, layer: Any, latent_BTQ: jax.Array, selected_BTK: jax.Array, cache: Cache, step: Step, rope: Rope
+        self, layer: Any, latent_BTQ: jax.Array, selected: Selection, cache: Cache, step: Step, rope: Rope
     ) -> jax.Array:
         """Attend to the selected rows of the cache, which already holds the tokens' own; [B, T, D]."""
         q_BTNC, width = self.query(layer, latent_BTQ, rope), self.config.kv_lora_rank
-        o_BTNR = cache.attend(layer, q_BTNC, selected_BTK, step, scale=self.config.softmax_scale, value_width=width)
+        o_BTNR = cache.attend(layer, q_BTNC, selected, step, scale=self.config.softmax_scale, value_width=width)
         o_BTNO = project("BTNR,NOR->BTNO", o_BTNR, self.v_b_LNOR.stack, layer)
         out_BTD = project("BTNO,DNO->BTD", o_BTNO, self.o_LDNO.stack, layer)
         return out_BTD if self.o_bias_LD is None else out_BTD + self.o_bias_LD.at(layer)

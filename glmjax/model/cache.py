@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from glmjax.model.config import GlmConfig
 from glmjax.pallas.rows import Rows
 from glmjax.pallas.select import select
+from glmjax.pallas.selection import Selection
 from glmjax.pallas.sparse_attention import sparse_attention
 
 
@@ -65,12 +66,12 @@ class Cache(Protocol):
         """Write index keys; `ordinal` counts the layers that have an indexer."""
         ...
 
-    def select(self, ordinal: Any, q_BTIJ: jax.Array, head_weights_BTI: jax.Array, step: Step, k: int) -> jax.Array:
-        """The positions each token attends to, [B, T, min(k, S)]; see `glmjax.pallas.select`."""
+    def select(self, ordinal: Any, q_BTIJ: jax.Array, head_weights_BTI: jax.Array, step: Step, k: int) -> Selection:
+        """What each token attends to; see `glmjax.pallas.select`."""
         ...
 
     def attend(
-        self, layer: Any, q_BTNC: jax.Array, selected_BTK: jax.Array, step: Step, *, scale: float, value_width: int
+        self, layer: Any, q_BTNC: jax.Array, selected: Selection, step: Step, *, scale: float, value_width: int
     ) -> jax.Array:
         """Attention to selected rows, [B, T, N, R]; see `glmjax.pallas.sparse_attention`."""
         ...
@@ -141,7 +142,7 @@ class ContiguousCache:
         keys = self.index_keys.append(self._entry(ordinal), keys_BTJ, step.slots_BT)
         return dataclasses.replace(self, index_keys=keys)
 
-    def select(self, ordinal: Any, q_BTIJ: jax.Array, head_weights_BTI: jax.Array, step: Step, k: int) -> jax.Array:
+    def select(self, ordinal: Any, q_BTIJ: jax.Array, head_weights_BTI: jax.Array, step: Step, k: int) -> Selection:
         """See `Cache`."""
         entry = self._entry(ordinal)
         return select(
@@ -149,11 +150,11 @@ class ContiguousCache:
         )
 
     def attend(
-        self, layer: Any, q_BTNC: jax.Array, selected_BTK: jax.Array, step: Step, *, scale: float, value_width: int
+        self, layer: Any, q_BTNC: jax.Array, selected: Selection, step: Step, *, scale: float, value_width: int
     ) -> jax.Array:
         """See `Cache`."""
         entry = self._entry(layer)
-        return sparse_attention(q_BTNC, self.latents, entry, step.pages_BM, selected_BTK, scale, value_width)[0]
+        return sparse_attention(q_BTNC, self.latents, entry, step.pages_BM, selected, scale, value_width)[0]
 
     def commit(self, step: Step, hidden_BTD: jax.Array) -> ContiguousCache:
         """Keep the last token's hidden state; call it once a chunk's rows, the MTP layer's too, are written."""

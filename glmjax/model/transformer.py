@@ -21,6 +21,7 @@ from glmjax.model.pattern import LayerIndex, layer_indices, mtp_index, segments
 from glmjax.model.weights import Declare
 from glmjax.pallas.project import project
 from glmjax.pallas.rms_norm import rms_norm
+from glmjax.pallas.selection import Selection, nothing
 from glmjax.pallas.stack import Stack
 
 
@@ -31,7 +32,7 @@ class LayerView:
     Attributes:
         index: which layer.
         hidden_BTD: the residual stream after it.
-        selected_BTK: what its attention read, ascending, −1 after.
+        selected: what its attention read.
         choice_BTX: its router's experts; None in a dense layer.
         normed_BTD: the attention's input.
         latent_BTQ: the query latent.
@@ -44,7 +45,7 @@ class LayerView:
 
     index: LayerIndex
     hidden_BTD: jax.Array
-    selected_BTK: jax.Array
+    selected: Selection
     choice_BTX: jax.Array | None
     normed_BTD: jax.Array
     latent_BTQ: jax.Array
@@ -65,11 +66,11 @@ class Forced:
     """Choices to take instead of a layer's own, for comparisons in which rounding must not flip them.
 
     Attributes:
-        selected_BTK: positions to attend to.
+        selected: what to attend to.
         choice_BTX: experts; None in a dense layer.
     """
 
-    selected_BTK: jax.Array
+    selected: Selection
     choice_BTX: jax.Array | None = None
 
 
@@ -80,13 +81,13 @@ class Hidden(NamedTuple):
         hidden_BTD: after the final norm; what `Transformer.head` takes.
         cache: with the tokens' rows.
         observed: what the observer kept, an entry per layer.
-        selected_BTK: the selection of the last layer.
+        selected: by the last layer.
     """
 
     hidden_BTD: jax.Array
     cache: Any
     observed: tuple[Any, ...]
-    selected_BTK: jax.Array
+    selected: Selection
 
 
 class Mtp(nnx.Module):
@@ -169,27 +170,26 @@ class Transformer(nnx.Module):
             remat: recompute layers in the backward pass instead of keeping their intermediates.
         """
         rope = self._rope(step.positions_BT)
-        kept = min(self.config.index_topk, cache.capacity)
-        selected_BTK = jnp.full((*ids_BT.shape, kept), -1, jnp.int32)
+        selected = nothing(*ids_BT.shape, cache.capacity, self.config.index_topk)
         h_BTD = self.embed(ids_BT)
         observed: list[Any] = []
 
         for segment in segments(self.config):
 
             def period(carry: Any, _: None, segment: Any = segment) -> tuple[Any, Any]:
-                n, h_BTD, selected_BTK, cache = carry
+                n, h_BTD, selected, cache = carry
                 seen = []
                 for index in segment.at(n):
-                    view = self._layer(index, h_BTD, selected_BTK, cache, step, rope)
-                    h_BTD, selected_BTK, cache = view.hidden_BTD, view.selected_BTK, view.cache
+                    view = self._layer(index, h_BTD, selected, cache, step, rope)
+                    h_BTD, selected, cache = view.hidden_BTD, view.selected, view.cache
                     seen.append(observe(view) if observe else None)
-                return (n + 1, h_BTD, selected_BTK, cache), tuple(seen)
+                return (n + 1, h_BTD, selected, cache), tuple(seen)
 
             body = jax.checkpoint(period) if remat else period
-            carry = (jnp.int32(0), h_BTD, selected_BTK, cache)
-            (_, h_BTD, selected_BTK, cache), seen = lax.scan(body, carry, length=segment.repeats)
+            carry = (jnp.int32(0), h_BTD, selected, cache)
+            (_, h_BTD, selected, cache), seen = lax.scan(body, carry, length=segment.repeats)
             observed += [jax.tree.map(lambda x, n=n: x[n], layer) for n in range(segment.repeats) for layer in seen]
-        return Hidden(self._norm(h_BTD, self.norm_D), cache, tuple(observed), selected_BTK)
+        return Hidden(self._norm(h_BTD, self.norm_D), cache, tuple(observed), selected)
 
     def draft(
         self,
@@ -198,7 +198,7 @@ class Transformer(nnx.Module):
         cache: Cache,
         step: Step,
         *,
-        selected_BTK: jax.Array | None = None,
+        selected: Selection | None = None,
         observe: Observer | None = None,
     ) -> Hidden:
         """The MTP layer: row p, made of token p and the hidden state of p − 1, predicts token p + 1.
@@ -210,7 +210,7 @@ class Transformer(nnx.Module):
             previous_BTD: hidden states p − 1 after the final norm; of an earlier draft step, its output.
             cache: with rows for the MTP layer.
             step: of the tokens, as for `backbone`.
-            selected_BTK: positions to attend to instead of choosing (`index_share_for_mtp_iteration`).
+            selected: what to attend to instead of choosing (`index_share_for_mtp_iteration`).
             observe: looks at the layer.
 
         Raises:
@@ -228,11 +228,11 @@ class Transformer(nnx.Module):
             parts = [self._norm(embedded_BTD, mtp.embedding_norm_D), self._norm(previous_BTD, mtp.hidden_norm_D)]
             pair_BT2D = jnp.stack(parts, axis=2)
             h_BTD = project("BTzD,EzD->BTE", pair_BT2D, Stack(mtp.projection_D2D.array[None]), 0)
-            forced = None if selected_BTK is None else Forced(selected_BTK)
+            forced = None if selected is None else Forced(selected)
             index = mtp_index(config)
             view = self._layer(index, h_BTD, None, cache, step, rope, forced)
             observed = (observe(view),) if observe else ()
-            return Hidden(self._norm(view.hidden_BTD, mtp.norm_D), view.cache, observed, view.selected_BTK)
+            return Hidden(self._norm(view.hidden_BTD, mtp.norm_D), view.cache, observed, view.selected)
 
     def each_layer(
         self, hidden: Sequence[jax.Array], cache: Cache, step: Step, forced: Sequence[Forced]
@@ -253,7 +253,7 @@ class Transformer(nnx.Module):
         self,
         index: LayerIndex,
         h_BTD: jax.Array,
-        selected_BTK: jax.Array | None,
+        selected: Selection | None,
         cache: Cache,
         step: Step,
         rope: Rope,
@@ -271,10 +271,10 @@ class Transformer(nnx.Module):
                     cache = cache.append_index(ordinal, self.indexer.key(ordinal, x_BTD, rope), step)
                     if forced is None:
                         query = self.indexer.query(ordinal, latent_BTQ, x_BTD, rope)
-                        selected_BTK = cache.select(ordinal, *query, step, self.config.index_topk)
+                        selected = cache.select(ordinal, *query, step, self.config.index_topk)
             if forced is not None:
-                selected_BTK = forced.selected_BTK
-            attention_BTD = self.attention(layer, latent_BTQ, selected_BTK, cache, step, rope)
+                selected = forced.selected
+            attention_BTD = self.attention(layer, latent_BTQ, selected, cache, step, rope)
             h_BTD = h_BTD + attention_BTD
         with jax.named_scope("mlp"):
             y_BTD = rms_norm(h_BTD, self.post_attention_norm_LD.array, layer, eps=eps)
@@ -288,7 +288,7 @@ class Transformer(nnx.Module):
         return LayerView(
             index=index,
             hidden_BTD=h_BTD,
-            selected_BTK=selected_BTK,
+            selected=selected,
             choice_BTX=choice_BTX,
             normed_BTD=x_BTD,
             latent_BTQ=latent_BTQ,
@@ -304,6 +304,13 @@ class Transformer(nnx.Module):
 
     def _norm(self, x: jax.Array, weight: Any) -> jax.Array:
         return rms_norm(x, weight.array[None], 0, eps=self.config.rms_norm_eps)
+
+
+def densely(model: Transformer) -> Transformer:
+    """The same weights, attending to everything visible."""
+    dense = nnx.merge(*nnx.split(model))
+    dense.config = dataclasses.replace(model.config, index_topk=model.config.max_position_embeddings)
+    return dense
 
 
 def _sizes(config: GlmConfig) -> dict[str, int]:

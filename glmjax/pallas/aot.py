@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-CHECKED = ("glmjax.pallas.rms_norm_mosaic", "glmjax.model.compile_checks")
+CHECKED = ("glmjax.pallas.rms_norm_mosaic", "glmjax.pallas.gather_mosaic", "glmjax.model.compile_checks")
 """Modules whose `checks()` the command runs; append yours."""
 
 TOOLKITS = (Path("/usr/local/cuda"), Path("/opt/cuda"))

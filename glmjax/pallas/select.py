@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from glmjax.pallas.blocks import map_query_blocks
+from glmjax.pallas import selection
+from glmjax.pallas.blocks import WINDOW, map_query_blocks, window_start
 from glmjax.pallas.precision import einsum
 from glmjax.pallas.rows import Rows
-from glmjax.pallas.top_k import ascending, comparable, top_k
+from glmjax.pallas.selection import Selection
+from glmjax.pallas.top_k import ascending, by_bisection, by_sorting, comparable
 
-_FEW_QUERIES = 8  # up to so many per sequence, keys are streamed; more are served by blocks of queries
-_WINDOW = 4096  # keys of a sequence that are scored at a time when streamed
+_STREAMED = 4096  # keys that few queries score at a time
 
 
 def select(
@@ -27,11 +28,11 @@ def select(
     first_BT: Int[Array, "B T"],
     last_BT: Int[Array, "B T"],
     k: int,
-) -> Int[Array, "B T K"]:
-    """Positions each query attends to, K = min(k, S): ascending, −1 after them where fewer are visible.
+) -> Selection:
+    """The k best visible rows of each query; all of them where no more are visible. Ties go to the lowest position.
 
-    One op, so that the scores of a long context never exist as a whole: few queries (decode) pass over windows of keys
-    and keep the best so far, up to the last position any of them sees; many (prefill) are taken in blocks. Nothing is
+    One op, so that the scores of a long context never exist as a whole: few queries (decode) pass over the keys and
+    keep the best so far, many (prefill) are taken in blocks, and neither scores keys that nobody sees. Nothing is
     scored where everything visible fits into k. A selection carries no gradient.
 
     Args:
@@ -46,20 +47,42 @@ def select(
     """
     length = rows.capacity(pages_BM)
     if k >= length:
-        position_BTS = jnp.maximum(first_BT, 0)[..., None] + jnp.arange(length, dtype=jnp.int32)
-        return jnp.where(position_BTS <= jnp.minimum(last_BT, length - 1)[..., None], position_BTS, -1)
+        return selection.visible(first_BT, last_BT, length)
     q_BTIJ, head_weights_BTI, rows = lax.stop_gradient((q_BTIJ, head_weights_BTI, rows))
-    window = rows.window_size(pages_BM, _WINDOW)
-    if q_BTIJ.shape[1] <= _FEW_QUERIES and window < length:
-        return _streamed(q_BTIJ, head_weights_BTI, rows, layer, pages_BM, first_BT, last_BT, k, window)
-    keys_BSJ = rows.of_sequences(layer, pages_BM)
+    batch, queries, heads, _ = q_BTIJ.shape
+    if queries <= selection.FEW_QUERIES:
+        return _streamed(q_BTIJ, head_weights_BTI, rows, layer, pages_BM, first_BT, last_BT, k)
+    method = by_bisection if selection.prefers_mask(queries, length, k) else by_sorting
 
     def block(q_BTIJ: jax.Array, head_weights_BTI: jax.Array, first_BT: jax.Array, last_BT: jax.Array) -> jax.Array:
-        return top_k(index_scores(q_BTIJ, head_weights_BTI, keys_BSJ), first_BT, last_BT, k)
+        scores_BTS = _scores(q_BTIJ, head_weights_BTI, rows, layer, pages_BM, first_BT, last_BT)
+        visible_BTS = selection.visible(first_BT, last_BT, length)
+        return method(comparable(scores_BTS, visible_BTS), visible_BTS, k)
 
-    batch, _, heads, _ = q_BTIJ.shape
-    per_query = 4 * batch * (heads + 4) * length
+    per_query = 4 * batch * (heads * WINDOW + 4 * length)
     return map_query_blocks(block, per_query, q_BTIJ, head_weights_BTI, first_BT, last_BT)
+
+
+def _scores(
+    q_BTIJ: jax.Array,
+    head_weights_BTI: jax.Array,
+    rows: Rows,
+    layer: Any,
+    pages_BM: jax.Array | None,
+    first_BT: jax.Array,
+    last_BT: jax.Array,
+) -> jax.Array:
+    """Scores [B, T, S], zero in windows that no query sees."""
+    length, window = rows.capacity(pages_BM), rows.window_size(pages_BM, WINDOW)
+
+    def step(n: jax.Array, scores_BTS: jax.Array) -> jax.Array:
+        start = window_start(n, window, length)
+        keys_BSJ = rows.window(layer, pages_BM, start, window)
+        return lax.dynamic_update_slice_in_dim(scores_BTS, index_scores(q_BTIJ, head_weights_BTI, keys_BSJ), start, 2)
+
+    begin = jnp.clip(jnp.min(first_BT), 0, length) // window
+    end = jnp.minimum(jnp.max(last_BT), length - 1) // window + 1
+    return lax.fori_loop(begin, end, step, jnp.zeros((*first_BT.shape, length), jnp.float32))
 
 
 def _streamed(
@@ -71,19 +94,24 @@ def _streamed(
     first_BT: jax.Array,
     last_BT: jax.Array,
     k: int,
-    window: int,
 ) -> jax.Array:
     """The best so far, window by window; those kept stand before a window's own, so ties go to the lower position."""
-    length = rows.capacity(pages_BM)
+    length, window = rows.capacity(pages_BM), rows.window_size(pages_BM, _STREAMED)
 
-    def step(n: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        start = jnp.minimum(n * window, length - window)  # the last window may begin within the one before
+    def scored(n: Any) -> tuple[jax.Array, jax.Array]:
+        start = window_start(n, window, length)
         position_S = start + jnp.arange(window, dtype=jnp.int32)
         visible_BTS = (position_S >= jnp.maximum(first_BT, n * window)[..., None]) & (position_S <= last_BT[..., None])
         keys_BSJ = rows.window(layer, pages_BM, start, window)
         scores_BTS = comparable(index_scores(q_BTIJ, head_weights_BTI, keys_BSJ), visible_BTS)
-        scores = jnp.concatenate([best[0], scores_BTS], axis=-1)
-        positions = jnp.concatenate([best[1], jnp.where(visible_BTS, position_S, -1)], axis=-1)
+        return scores_BTS, jnp.where(visible_BTS, position_S, -1)
+
+    if window == length:
+        scores_BTS, position_BTS = scored(jnp.int32(0))
+        return by_sorting(scores_BTS, position_BTS >= 0, k)
+
+    def step(n: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        scores, positions = (jnp.concatenate(pair, axis=-1) for pair in zip(best, scored(n), strict=True))
         score_BTK, chosen_BTK = lax.top_k(scores, k)
         return score_BTK, jnp.take_along_axis(positions, chosen_BTK, axis=-1)
 

@@ -1,4 +1,4 @@
-"""Absorbed multi-head latent attention to the selected rows of a cache (model-spec: MLA, Mask)."""
+"""Attention to the rows that were selected, and to no others (model-spec: MLA, absorbed)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from glmjax.pallas import selection
 from glmjax.pallas.blocks import map_query_blocks
+from glmjax.pallas.masked_attention import masked_attention
 from glmjax.pallas.precision import einsum
 from glmjax.pallas.rows import Rows
-
-_DENSE_RATIO = 4  # up to so many times the selected rows, masking all rows beats gathering the selected ones
+from glmjax.pallas.selection import Selection
 
 
 def sparse_attention(
@@ -19,7 +20,7 @@ def sparse_attention(
     rows: Rows,
     layer: Int[Array, ""] | int,
     pages_BM: Int[Array, "B M"] | None,
-    selected_BTK: Int[Array, "B T K"],
+    selected: Selection,
     scale: float,
     value_width: int,
 ) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
@@ -33,45 +34,24 @@ def sparse_attention(
         rows: latent rows [latent (R) | rotated key (P)] of all layers.
         layer: which layer's rows.
         pages_BM: each sequence's pages in order, or None where page b is sequence b's only one.
-        selected_BTK: positions within the sequence, −1 for none.
+        selected: positions within the sequence, which are gathered, or a mask, under which all rows are read in windows.
         scale: factor on the scores.
         value_width: R.
     """
-    batch, queries, heads, _ = q_BTNC.shape
-    selected, length = selected_BTK.shape[2], rows.capacity(pages_BM)
-    if queries > 1 and length <= _DENSE_RATIO * selected:
-        rows_BSC = rows.of_sequences(layer, pages_BM)
+    if selection.is_mask(selected):
+        return masked_attention(q_BTNC, rows.of_sequences(layer, pages_BM), selected, scale, value_width)
 
-        def masked(q_BTNC: jax.Array, selected_BTK: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Every row is scored, those not selected are masked: matrix products and no gather, for prefill."""
-            allowed_BTS = _as_mask(selected_BTK, length)
-            used_BSC = jnp.where(jnp.any(allowed_BTS, axis=1)[..., None], rows_BSC, 0)
-            scores_BTNS = einsum("BTNC,BSC->BTNS", q_BTNC, used_BSC, out=jnp.float32) * scale
-            weights_BTNS, lse_BTN = _softmax(scores_BTNS, allowed_BTS)
-            values_BSR = used_BSC[..., :value_width]
-            return _weighted("BTNS,BSR->BTNR", weights_BTNS, values_BSR, q_BTNC.dtype), lse_BTN
-
-        return map_query_blocks(masked, 4 * batch * heads * length, q_BTNC, selected_BTK)
-
-    def gathered(q_BTNC: jax.Array, selected_BTK: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Only the selected rows are read: for decode, and for prefill of contexts much longer than the selection."""
-        rows_BTKC = rows.gather(layer, pages_BM, jnp.maximum(selected_BTK, 0))
-        rows_BTKC = jnp.where(selected_BTK[..., None] >= 0, rows_BTKC, 0)
+    def gathered(q_BTNC: jax.Array, position_BTK: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows_BTKC = rows.gather(layer, pages_BM, jnp.maximum(position_BTK, 0))
+        rows_BTKC = jnp.where(position_BTK[..., None] >= 0, rows_BTKC, 0)
         scores_BTNK = einsum("BTNC,BTKC->BTNK", q_BTNC, rows_BTKC, out=jnp.float32) * scale
-        weights_BTNK, lse_BTN = _softmax(scores_BTNK, selected_BTK >= 0)
-        values_BTKR = rows_BTKC[..., :value_width]
-        return _weighted("BTNK,BTKR->BTNR", weights_BTNK, values_BTKR, q_BTNC.dtype), lse_BTN
+        weights_BTNK, lse_BTN = _softmax(scores_BTNK, position_BTK >= 0)
+        weighted = einsum("BTNK,BTKR->BTNR", weights_BTNK.astype(rows_BTKC.dtype), rows_BTKC[..., :value_width])
+        return weighted.astype(q_BTNC.dtype), lse_BTN
 
-    per_query = batch * selected * (rows.row_bytes + 4 * heads)
-    return map_query_blocks(gathered, per_query, q_BTNC, selected_BTK)
-
-
-def _as_mask(selected_BTK: jax.Array, length: int) -> jax.Array:
-    batch, queries, _ = selected_BTK.shape
-    b, t = jnp.indices((batch, queries), sparse=True)
-    column_BTK = jnp.where(selected_BTK < 0, length, selected_BTK)
-    empty = jnp.zeros((batch, queries, length), bool)
-    return empty.at[b[..., None], t[..., None], column_BTK].set(True, mode="drop")
+    batch, _, heads, _ = q_BTNC.shape
+    per_query = batch * selected.shape[2] * (rows.row_bytes + 4 * heads)
+    return map_query_blocks(gathered, per_query, q_BTNC, selected)
 
 
 def _softmax(scores_BTNK: jax.Array, allowed_BTK: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -84,7 +64,3 @@ def _softmax(scores_BTNK: jax.Array, allowed_BTK: jax.Array) -> tuple[jax.Array,
     some_BTN1 = total_BTN1 > 0
     lse_BTN1 = jnp.where(some_BTN1, best_BTN1 + jnp.log(jnp.where(some_BTN1, total_BTN1, 1.0)), -jnp.inf)
     return weights_BTNK / jnp.where(some_BTN1, total_BTN1, 1.0), lse_BTN1[..., 0]
-
-
-def _weighted(spec: str, weights: jax.Array, values: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return einsum(spec, weights.astype(values.dtype), values, out=dtype)

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import tyro
-from tokenizers import Tokenizer
 
 from glmjax.model.config import GlmConfig
+from glmjax.model.tokenizer import Tokenizer
 from glmjax.training import corpus
 from glmjax.training.data import tokenize
 from glmjax.training.recipe import Recipe
 from glmjax.training.run import Run
+from glmjax.training.tasks import Tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Arguments:
     Attributes:
         run: folder of the run: checkpoints, log, recipe.
         config: JSON file of the architecture.
-        tokenizer: tokenizer.json, from ``python -m glmjax.training.vocabulary``.
+        tokenizer: folder of tokenizer.json, from ``python -m glmjax.training.vocabulary``.
         until: stop at this step; the next call goes on from there.
         keep_every: steps between checkpoints.
         recipe: how to train.
@@ -31,7 +32,7 @@ class Arguments:
 
     run: tyro.conf.Positional[Path]
     config: Path = Path("configs/nano.json")
-    tokenizer: Path = Path("glmjax/nano/tokenizer.json")
+    tokenizer: Path = Path("glmjax/nano")
     until: int | None = None
     keep_every: int = 25
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
@@ -39,12 +40,14 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Train, and say where it stands."""
-    tokens = tokenize(corpus.load().training, Tokenizer.from_file(str(arguments.tokenizer)))
+    recipe, tokenizer = arguments.recipe, Tokenizer.from_dir(arguments.tokenizer)
+    tokens = tokenize(corpus.load().training, tokenizer.raw)
     config = GlmConfig.from_dir(arguments.config)
-    run = Run(arguments.run, config, arguments.recipe, tokens, keep_every=arguments.keep_every)
-    print(f"{len(tokens.ids):,} tokens of {len(tokens):,} documents; at step {run.step} of {arguments.recipe.steps}")
+    tasks = Tasks(tokenizer, infill_share=recipe.infill_share, recall_share=recipe.recall_share)
+    run = Run(arguments.run, config, recipe, tokens, rewrite=tasks, keep_every=arguments.keep_every)
+    print(f"{len(tokens.ids):,} tokens of {len(tokens):,} documents; at step {run.step} of {recipe.steps}")
     run.train(arguments.until)
-    print(f"at step {run.step} of {arguments.recipe.steps}; log in {arguments.run / 'log.jsonl'}")
+    print(f"at step {run.step} of {recipe.steps}; log in {arguments.run / 'log.jsonl'}")
 
 
 if __name__ == "__main__":

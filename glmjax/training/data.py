@@ -5,12 +5,13 @@ each other without a seam, and the whole is cut into rows of `seq_len + 1` token
 twice, and a document is cut elsewhere in every epoch. The rows that begin in an epoch are then shuffled among
 themselves: a long document fills dozens of rows, which would otherwise make up whole batches.
 
-Any row can be computed from its number, so the state of the iterator is the number of the next batch.
+A share of the rows is then rewritten (`tasks.py`). Any row can be computed from its number, so the state of the
+iterator is the number of the next batch.
 """
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,14 @@ from glmjax.training.corpus import Document
 from glmjax.training.vocabulary import END_OF_TEXT
 
 _ENDLESS = 2**40  # rows; grain wants a source to have a length
+
+Rewrite = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+"""From a row's tokens, their documents' starts and a source of randomness to new tokens and which of them to predict."""
+
+
+def as_it_is(ids: np.ndarray, starts: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The rewrite that changes nothing: every token is predicted."""
+    return ids, np.ones(len(ids), bool)
 
 
 @dataclass(frozen=True)
@@ -81,12 +90,13 @@ class PackedRows:
     Shuffling is NumPy's `default_rng([seed, epoch])`: the same for one version of NumPy on every machine.
     """
 
-    def __init__(self, tokens: Tokens, *, seq_len: int, seed: int):
+    def __init__(self, tokens: Tokens, *, seq_len: int, seed: int, rewrite: Rewrite = as_it_is):
         if seq_len < 1:
             raise ValueError(f"seq_len is {seq_len}; a row needs at least one token and its target")
         self.tokens = tokens
         self.width = seq_len + 1
         self.seed = seed
+        self.rewrite = rewrite
         self._epoch = functools.lru_cache(maxsize=4)(self._shuffle)
 
     @property
@@ -101,9 +111,10 @@ class PackedRows:
         length = len(self.tokens.ids)
         epoch = row * self.width // length
         first = self._first_row(epoch)
-        row = first + int(self._epoch(epoch).rows[row - first])
-        ids, starts = self._read(epoch, row * self.width - epoch * length)
-        return {"ids_BT": ids, "start_BT": starts}
+        shuffled = first + int(self._epoch(epoch).rows[row - first])
+        ids, starts = self._read(epoch, shuffled * self.width - epoch * length)
+        ids, scored = self.rewrite(ids, starts, np.random.default_rng([self.seed, epoch, row]))
+        return {"ids_BT": ids, "start_BT": starts, "scored_BT": scored}
 
     def _first_row(self, epoch: int) -> int:
         """The first row that begins in an epoch."""
@@ -135,13 +146,17 @@ class PackedRows:
         return ids, starts
 
 
-def training_batches(tokens: Tokens, *, batch_size: int, seq_len: int, seed: int) -> grain.IterDataset:
-    """Endless batches, dict(ids_BT, start_BT), both int32 [batch_size, seq_len + 1]: see `PackedRows`.
+def training_batches(
+    tokens: Tokens, *, batch_size: int, seq_len: int, seed: int, rewrite: Rewrite = as_it_is
+) -> grain.IterDataset:
+    """Endless batches, dict(ids_BT, start_BT, scored_BT), each [batch_size, seq_len + 1]: see `PackedRows`.
+
+    The first two are int32; `scored_BT` is bool and says which tokens are targets.
 
     Their order is a function of the seed. `iter()` gives a `grain.DatasetIterator`: its `get_state()` is a small
     dict, and `set_state()` on a new one continues with the very same batches. No processes or threads are started.
     """
-    rows = grain.MapDataset.source(PackedRows(tokens, seq_len=seq_len, seed=seed))
+    rows = grain.MapDataset.source(PackedRows(tokens, seq_len=seq_len, seed=seed, rewrite=rewrite))
     inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return rows.batch(batch_size, drop_remainder=True).to_iter_dataset(inline)
 

@@ -1,4 +1,4 @@
-"""What training minimises: next token, the MTP layer's token after it, and the indexer's distillation."""
+"""What training minimises: next token, the MTP layer's tokens after it, and the indexer's distillation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from glmjax.model.cache import previous_hidden, whole_sequences
 from glmjax.model.transformer import LayerView, Observer, Transformer
-from glmjax.pallas.precision import einsum
-from glmjax.pallas.select import index_scores
+from glmjax.training.distillation import Distilled, distillation
 
 
 class Losses(NamedTuple):
@@ -18,46 +17,91 @@ class Losses(NamedTuple):
 
     Attributes:
         next_token: cross-entropy of token t + 1 from the main model.
-        mtp: cross-entropy of token t + 2 from the MTP layer.
+        mtp_K: cross-entropy of the MTP layer at its first, second, … application: token t + 1 + k.
         indexer: KL divergence of the indexers' distribution from attention's, mean over layers.
+        recall: share of attention that lies on what the indexers select, where they leave something out.
         load_LE: share of choices that went to each expert, a row per sparse layer, the MTP layer's last.
     """
 
     next_token: jax.Array
-    mtp: jax.Array
+    mtp_K: jax.Array
     indexer: jax.Array
+    recall: jax.Array
     load_LE: jax.Array
 
 
+class Batch(NamedTuple):
+    """Packed rows of T + 1 tokens.
+
+    Attributes:
+        ids_BT: tokens.
+        start_BT: where in the row each token's document begins.
+        scored_BT: which tokens are targets.
+    """
+
+    ids_BT: jax.Array
+    start_BT: jax.Array
+    scored_BT: jax.Array
+
+
 def losses(
-    model: Transformer, ids_BT: jax.Array, start_BT: jax.Array, *, distilled: int, remat: bool = False
+    model: Transformer,
+    batch: Batch,
+    *,
+    mtp_steps: int = 1,
+    mtp_rows: int | None = None,
+    distilled: int,
+    index_topk: int | None = None,
+    remat: bool = False,
 ) -> Losses:
     """All of them on a batch of packed rows.
 
     Args:
         model: with its MTP layer.
-        ids_BT: tokens, one more than predictions.
-        start_BT: where in the row each token's document begins.
-        distilled: how many of the rows the indexer learns from (its target costs a second pass of attention).
+        batch: rows.
+        mtp_steps: how often the MTP layer is applied, each time to its own output; every application is trained.
+        mtp_rows: rows that applications after the first see (they cost a layer and a head each); default all.
+        distilled: how many queries of each row the indexer learns from.
+        index_topk: the selection's size where the model attends to more than that; default the model's own.
         remat: see `Transformer.backbone`.
     """
-    target_BT, ids_BT, start_BT = ids_BT[:, 1:], ids_BT[:, :-1], start_BT[:, :-1]
+    ids_BT, start_BT, target_BT = batch.ids_BT[:, :-1], batch.start_BT[:, :-1], batch.ids_BT[:, 1:]
+    scored_BT = batch.scored_BT[:, 1:]
     cache, step = whole_sequences(model.config, ids_BT, model.dtype, start_BT)
-    observe = _observer(model, distilled)
+    observe = _observer(model, distilled, index_topk or model.config.index_topk)
 
     main = model.backbone(ids_BT, cache, step, observe=observe, remat=remat)
-    next_token = jnp.mean(cross_entropy(model.head(main.hidden_BTD), target_BT))
-    previous_BTD = previous_hidden(main.hidden_BTD, cache.tail_BD)
-    draft = model.draft(ids_BT, previous_BTD, cache, step, observe=observe)
-    drafted_BT = (step.positions_BT > start_BT).astype(jnp.float32)  # a document's first row has no hidden before it
-    mtp_BT = cross_entropy(model.head(draft.hidden_BTD), target_BT) * drafted_BT
-    seen = [*main.observed, *draft.observed]
+    next_token = mean_cross_entropy(model, main.hidden_BTD, target_BT, scored_BT)
+    mtp, observed, hidden_BTD = [], [], main.hidden_BTD
+    for k in range(1, mtp_steps + 1):
+        if k == 2 and mtp_rows is not None:
+            ids_BT, start_BT, target_BT, scored_BT, hidden_BTD = (
+                x[:mtp_rows] for x in (ids_BT, start_BT, target_BT, scored_BT, hidden_BTD)
+            )
+            cache, step = whole_sequences(model.config, ids_BT, model.dtype, start_BT)
+        previous_BTD = previous_hidden(hidden_BTD, cache.tail_BD)
+        draft = model.draft(ids_BT, previous_BTD, cache, step, observe=observe if k == 1 else None)
+        observed += draft.observed
+        hidden_BTD = draft.hidden_BTD
+        drafted_BT = step.positions_BT - start_BT >= k  # the k-th application needs k hidden states before the token
+        mtp.append(mean_cross_entropy(model, hidden_BTD, target_BT, scored_BT & drafted_BT))
+    seen = [*main.observed, *observed]
+    kept = [of for of, _ in seen if of is not None]
     return Losses(
         next_token,
-        jnp.sum(mtp_BT) / jnp.maximum(jnp.sum(drafted_BT), 1),
-        jnp.mean(jnp.stack([kl for kl, _ in seen if kl is not None])),
+        jnp.stack(mtp),
+        jnp.mean(jnp.stack([of.kl for of in kept])),
+        jnp.mean(jnp.stack([of.recall for of in kept])),
         jnp.stack([load for _, load in seen if load is not None]),
     )
+
+
+def mean_cross_entropy(
+    model: Transformer, hidden_BTD: jax.Array, target_BT: jax.Array, scored_BT: jax.Array
+) -> jax.Array:
+    """−log p of the scored targets from hidden states after the final norm, nats; 0 where none is scored."""
+    nll_BT = cross_entropy(model.head(hidden_BTD), target_BT) * scored_BT
+    return jnp.sum(nll_BT) / jnp.maximum(jnp.sum(scored_BT), 1)
 
 
 def cross_entropy(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
@@ -66,46 +110,12 @@ def cross_entropy(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
 
 
-def _observer(model: Transformer, distilled: int) -> Observer:
-    def observe(view: LayerView) -> tuple[jax.Array | None, jax.Array | None]:
-        kl = distillation(model, view, distilled) if view.index.indexer == "full" else None
+def _observer(model: Transformer, distilled: int, k: int) -> Observer:
+    def observe(view: LayerView) -> tuple[Distilled | None, jax.Array | None]:
+        kept = distillation(model, view, distilled, k) if view.index.indexer == "full" else None
         if view.choice_BTX is None:
-            return kl, None
+            return kept, None
         load_E = jnp.zeros(model.config.n_routed_experts).at[view.choice_BTX.reshape(-1)].add(1.0)
-        return kl, load_E / view.choice_BTX.size
+        return kept, load_E / view.choice_BTX.size
 
     return observe
-
-
-def distillation(model: Transformer, view: LayerView, rows: int) -> jax.Array:
-    """KL(attention ‖ softmax of the index scores) over everything visible, as DeepSeek-V3.2 warms its indexer up.
-
-    Attention's distribution is the mean over heads of the dense softmax. It carries no gradient, nor do the indexer's
-    inputs: the loss reaches the indexer's own weights and nothing else.
-
-    Args:
-        model: whose indexer.
-        view: a layer with an indexer.
-        rows: how many rows of the batch to look at.
-    """
-    config, index = model.config, view.index
-    latent_BTQ, normed_BTD, rope, step = jax.tree.map(
-        lambda x: x[:rows], (view.latent_BTQ, view.normed_BTD, view.rope, view.step)
-    )
-    position_S = jnp.arange(view.cache.capacity, dtype=jnp.int32)
-    last_BT1, first_BT1 = step.positions_BT[..., None], step.first_BT[..., None]
-    visible_BTS = (position_S >= first_BT1) & (position_S <= last_BT1)
-    lowest = jnp.finfo(jnp.float32).min
-
-    q_BTNC = model.attention.query(index.layer, latent_BTQ, rope)
-    rows_BSC = view.cache.latents.of_sequences(0, None)[:rows]
-    scores_BTNS = einsum("BTNC,BSC->BTNS", q_BTNC, rows_BSC, out=jnp.float32) * config.softmax_scale
-    attention_BTNS = jax.nn.softmax(jnp.where(visible_BTS[:, :, None], scores_BTNS, lowest), axis=-1)
-    target_BTS = jax.lax.stop_gradient(jnp.mean(attention_BTNS, axis=2))
-
-    query = model.indexer.query(index.index_ordinal, latent_BTQ, normed_BTD, rope)
-    keys_BSJ = view.cache.index_keys.of_sequences(0, None)[:rows]
-    log_q_BTS = jax.nn.log_softmax(jnp.where(visible_BTS, index_scores(*query, keys_BSJ), lowest), axis=-1)
-    log_p_BTS = jnp.log(jnp.maximum(target_BTS, 1e-20))
-    kl_BT = jnp.sum(jnp.where(visible_BTS, target_BTS * (log_p_BTS - log_q_BTS), 0.0), axis=-1)
-    return jnp.mean(jnp.where(jnp.any(visible_BTS, axis=-1), kl_BT, 0.0))

@@ -1,17 +1,18 @@
-"""One training step: AdamW on a warm-up, stable, decay schedule, and routers kept in balance by their bias."""
+"""One training step: what the stages are, and routers kept in balance by their bias."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from glmjax.model.transformer import Transformer
-from glmjax.training.losses import Losses, losses
+from glmjax.model.transformer import Transformer, densely
+from glmjax.training.losses import Batch, Losses, losses
+from glmjax.training.optimizer import optimizer, schedule
 
 
 class Stage(NamedTuple):
@@ -21,11 +22,13 @@ class Stage(NamedTuple):
         steps: optimiser steps.
         batch_size: rows per step.
         seq_len: predictions per row.
+        attention: "dense" to everything visible, while the indexer learns to follow it; "sparse" to what it selects.
     """
 
     steps: int
     batch_size: int
     seq_len: int
+    attention: Literal["dense", "sparse"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,28 +36,42 @@ class Recipe:
     """How to train.
 
     Attributes:
-        stages: shapes, one after the other; short rows first, since attention is what long ones cost.
+        stages: shapes, one after the other.
         learning_rate: at its peak.
         warmup_steps: linear rise from zero.
         decay_share: share of the steps, at the end, over which the rate falls linearly to a twentieth.
-        weight_decay: of matrices; norms, biases and embeddings have none.
+        weight_decay: of matrices; norms, biases, embedding and head have none.
         clip: norm to which gradients are clipped.
-        mtp_weight: of the MTP loss.
+        mtp_steps: how often the MTP layer is applied to its own output.
+        mtp_weight: of the MTP loss, the mean over its applications.
+        mtp_share: share of a batch's rows that applications after the first see.
         indexer_weight: of the distillation; its gradient touches the indexer alone.
-        distilled: rows of the batch that the indexer learns from.
-        balance_rate: by how much a router's bias moves per step towards an equal load (auxiliary-loss-free balance).
+        distilled: queries of each row that the indexer learns from.
+        infill_share: share of the rows with blanks to fill.
+        recall_share: share of the rows with lines to recall.
+        balance_rate: by how much a router's bias moves per step towards an equal load (auxiliary-loss-free balance,
+            arXiv 2408.15664).
         seed: of weights and data order.
     """
 
-    stages: tuple[Stage, ...] = (Stage(860, 16, 256), Stage(100, 4, 1024))
-    learning_rate: float = 2.5e-3
+    stages: tuple[Stage, ...] = (
+        Stage(2000, 8, 512, "dense"),
+        Stage(300, 4, 1024, "dense"),
+        Stage(500, 4, 1024, "sparse"),
+        Stage(150, 2, 2048, "sparse"),
+    )
+    learning_rate: float = 5e-3
     warmup_steps: int = 50
     decay_share: float = 0.4
     weight_decay: float = 0.1
     clip: float = 1.0
+    mtp_steps: int = 3
     mtp_weight: float = 0.3
+    mtp_share: float = 0.25
     indexer_weight: float = 1.0
-    distilled: int = 2
+    distilled: int = 32
+    infill_share: float = 0.2
+    recall_share: float = 0.05
     balance_rate: float = 1e-3
     seed: int = 0
 
@@ -62,6 +79,19 @@ class Recipe:
     def steps(self) -> int:
         """Optimiser steps in all; the schedule's length."""
         return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage that a step belongs to; the last one for any step behind it."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        return self.stages[-1]
+
+    def optimizer(self, model: Transformer) -> optax.GradientTransformation:
+        """Of the whole run; the routers' biases are left to `balance`."""
+        rate = schedule(self.learning_rate, self.steps, self.warmup_steps, self.decay_share)
+        return optimizer(model, rate, weight_decay=self.weight_decay, clip=self.clip)
 
 
 @jax.tree_util.register_dataclass
@@ -80,41 +110,30 @@ class TrainState:
     step: jax.Array
 
 
-def optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """AdamW with clipping; the routers' biases are left to `balance`."""
-    decay = max(1, round(recipe.steps * recipe.decay_share))
-    peak = recipe.learning_rate
-    rate = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, peak, recipe.warmup_steps),
-            optax.constant_schedule(peak),
-            optax.linear_schedule(peak, peak / 20, decay),
-        ],
-        [recipe.warmup_steps, max(recipe.warmup_steps, recipe.steps - decay)],
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(recipe.clip),
-        optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=recipe.weight_decay, mask=_decayed),
-    )
-
-
 def start(model: Transformer, recipe: Recipe) -> TrainState:
     """The state before the first step."""
-    return TrainState(model, optimizer(recipe).init(_weights(model)), jnp.int32(0))
+    return TrainState(model, recipe.optimizer(model).init(_weights(model)), jnp.int32(0))
 
 
-def train_step(
-    state: TrainState, ids_BT: jax.Array, start_BT: jax.Array, recipe: Recipe
-) -> tuple[TrainState, Losses, jax.Array]:
-    """One step; the new state, the losses before it and the gradient's norm. Jit it with ``recipe`` static."""
+def train_step(state: TrainState, batch: Batch, recipe: Recipe, stage: Stage) -> tuple[TrainState, Losses, jax.Array]:
+    """One step; the new state, the losses before it and the gradient's norm. Jit it with recipe and stage static."""
+    rows = batch.ids_BT.shape[0]
+    attending = densely(state.model) if stage.attention == "dense" else state.model
 
     def objective(weights: Any) -> tuple[jax.Array, Losses]:
-        out = losses(_with(state.model, weights), ids_BT, start_BT, distilled=recipe.distilled)
-        return out.next_token + recipe.mtp_weight * out.mtp + recipe.indexer_weight * out.indexer, out
+        out = losses(
+            _with(attending, weights),
+            batch,
+            mtp_steps=recipe.mtp_steps,
+            mtp_rows=max(1, round(rows * recipe.mtp_share)),
+            distilled=recipe.distilled,
+            index_topk=state.model.config.index_topk,
+        )
+        return out.next_token + recipe.mtp_weight * jnp.mean(out.mtp_K) + recipe.indexer_weight * out.indexer, out
 
     weights = _weights(state.model)
     gradients, out = jax.grad(objective, has_aux=True)(weights)
-    updates, moments = optimizer(recipe).update(gradients, state.optimizer, weights)
+    updates, moments = recipe.optimizer(state.model).update(gradients, state.optimizer, weights)
     model = _with(state.model, optax.apply_updates(weights, updates))
     return TrainState(balance(model, out.load_LE, recipe), moments, state.step + 1), out, optax.tree.norm(gradients)
 
@@ -134,13 +153,3 @@ def _weights(model: Transformer) -> Any:
 
 def _with(model: Transformer, weights: Any) -> Transformer:
     return nnx.merge(nnx.split(model)[0], weights)
-
-
-def _decayed(weights: Any) -> Any:
-    """Which weights decay: those of at least two dimensions beside the layers', embeddings and head excepted."""
-
-    def decays(path: Any, value: jax.Array) -> bool:
-        name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-        return "norm" not in name and "bias" not in name and "_VD" not in name and value.ndim >= 2
-
-    return jax.tree_util.tree_map_with_path(decays, weights)

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from glmjax.model.config import GlmConfig
 from glmjax.model.transformer import Transformer
 from glmjax.model.weights import random_source
-from glmjax.training.data import Tokens, training_batches
-from glmjax.training.recipe import Recipe, TrainState, start, train_step
+from glmjax.training.data import Rewrite, Tokens, as_it_is, training_batches
+from glmjax.training.losses import Batch, Losses
+from glmjax.training.recipe import Recipe, Stage, TrainState, start, train_step
 
 
 class Run:
@@ -29,6 +30,7 @@ class Run:
         config: the model to train.
         recipe: how; a folder's recipe must not change between sessions.
         tokens: the corpus.
+        rewrite: what some rows are turned into; see `glmjax.training.tasks`.
         keep_every: steps between checkpoints.
         log_every: steps between lines of the log.
     """
@@ -40,10 +42,11 @@ class Run:
         recipe: Recipe,
         tokens: Tokens,
         *,
+        rewrite: Rewrite = as_it_is,
         keep_every: int = 50,
         log_every: int = 10,
     ):
-        self.folder, self.recipe, self.tokens = folder, recipe, tokens
+        self.folder, self.recipe, self.tokens, self.rewrite = folder, recipe, tokens, rewrite
         self.keep_every, self.log_every = keep_every, log_every
         folder.mkdir(parents=True, exist_ok=True)
         self._settle_recipe(config)
@@ -74,40 +77,37 @@ class Run:
     def train(self, until: int | None = None) -> TrainState:
         """Go on to step `until`, default the recipe's end; a checkpoint is kept there and every `keep_every` steps."""
         until = self.recipe.steps if until is None else min(until, self.recipe.steps)
-        advance = jax.jit(train_step, static_argnames="recipe", donate_argnums=0)
+        advance = jax.jit(train_step, static_argnames=("recipe", "stage"), donate_argnums=0)
         with tqdm(total=self.recipe.steps, initial=self.step, unit="step", disable=None) as bar:
-            for batches, end in self._stages():
+            for stage, batches, end in self._stages():
                 began, seen = time.perf_counter(), 0
                 while (step := self.step) < min(end, until):
-                    batch = next(batches)
-                    seen += batch["ids_BT"].size
-                    self.state, out, norm = advance(
-                        self.state, jnp.asarray(batch["ids_BT"]), jnp.asarray(batch["start_BT"]), recipe=self.recipe
-                    )
+                    batch = Batch(**{name: jnp.asarray(array) for name, array in next(batches).items()})
+                    seen += batch.ids_BT.size
+                    self.state, out, norm = advance(self.state, batch, recipe=self.recipe, stage=stage)
                     if (step + 1) % self.log_every == 0 or step + 1 == until:
                         jax.block_until_ready(self.state)
                         self._log(step + 1, out, norm, seen / (time.perf_counter() - began))
                         began, seen = time.perf_counter(), 0
-                        bar.set_postfix(loss=f"{float(out.next_token):.3f}", mtp=f"{float(out.mtp):.3f}")
+                        bar.set_postfix(loss=f"{float(out.next_token):.3f}", mtp=f"{float(out.mtp_K[0]):.3f}")
                     bar.update()
                     self._batches_state = batches.get_state()
                     if (step + 1) % self.keep_every == 0 or step + 1 in (end, until):
                         self._save()
         return self.state
 
-    def _stages(self) -> Iterator[tuple[Any, int]]:
-        """Each stage's batches, those done skipped, and the step at which it ends. Every stage has its own order."""
+    def _stages(self) -> Iterator[tuple[Stage, Any, int]]:
+        """Each stage, its batches, those done skipped, and the step at which it ends. Every stage has its own order."""
         begin = 0
         for number, stage in enumerate(self.recipe.stages):
             end = begin + stage.steps
             if self.step < end:
                 seed = self.recipe.seed + 1000 * number
-                batches = iter(
-                    training_batches(self.tokens, batch_size=stage.batch_size, seq_len=stage.seq_len, seed=seed)
-                )
+                shape = {"batch_size": stage.batch_size, "seq_len": stage.seq_len}
+                batches = iter(training_batches(self.tokens, **shape, seed=seed, rewrite=self.rewrite))
                 if self.step > begin:
                     batches.set_state(self._batches_state)
-                yield batches, end
+                yield stage, batches, end
             begin = end
 
     def _save(self) -> None:
@@ -126,15 +126,17 @@ class Run:
             )
         file.write_text(json.dumps(said, indent=1))
 
-    def _log(self, step: int, out: Any, norm: jax.Array, tokens_per_second: float) -> None:
+    def _log(self, step: int, out: Losses, norm: jax.Array, tokens_per_second: float) -> None:
         load_LE = np.asarray(out.load_LE)
         line = {
             "step": step,
             "next_token": round(float(out.next_token), 4),
-            "mtp": round(float(out.mtp), 4),
+            "mtp": [round(float(loss), 4) for loss in out.mtp_K],
             "indexer_kl": round(float(out.indexer), 5),
+            "indexer_recall": round(float(out.recall), 4),
             "grad_norm": round(float(norm), 4),
             "busiest_expert": round(float(load_LE.max()) * load_LE.shape[1], 3),
+            "idlest_expert": round(float(load_LE.min()) * load_LE.shape[1], 3),
             "tokens_per_second": round(tokens_per_second, 1),
         }
         with (self.folder / "log.jsonl").open("a") as log:

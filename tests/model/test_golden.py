@@ -11,6 +11,7 @@ import pytest
 from glmjax.model import checkpoint
 from glmjax.model.cache import ContiguousCache, previous_hidden
 from glmjax.model.transformer import Forced, LayerView
+from glmjax.pallas.selection import positions
 
 TOLERANCE = 5e-5
 
@@ -23,8 +24,12 @@ class Kept(NamedTuple):
     mlp: jax.Array
 
 
+def where(view: LayerView) -> jax.Array:
+    return positions(view.selected, view.selected.shape[-1])
+
+
 def keep(view: LayerView) -> Kept:
-    return Kept(view.hidden_BTD, view.selected_BTK, view.choice_BTX, view.attention_BTD, view.mlp_BTD)
+    return Kept(view.hidden_BTD, where(view), view.choice_BTX, view.attention_BTD, view.mlp_BTD)
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
@@ -116,7 +121,7 @@ def in_chunks(model, ids_BT, chunk):
         positions = n * chunk + jnp.arange(chunk)
         ids = jax.lax.dynamic_slice_in_dim(padded, n * chunk, chunk, axis=1)
         step = cache.step(jnp.broadcast_to(jnp.where(positions < length, positions, -1), ids.shape))
-        out = model.backbone(ids, cache, step, observe=lambda view: view.selected_BTK)
+        out = model.backbone(ids, cache, step, observe=where)
         cache, mtp = out.cache, jnp.zeros((), jnp.float32)
         if model.mtp is not None:
             draft = model.draft(ids, previous_hidden(out.hidden_BTD, cache.tail_BD), cache, step)

@@ -14,6 +14,7 @@ from glmjax.model.config import Fp8Format
 from glmjax.model.transformer import Transformer
 from glmjax.model.weights import random_source
 from glmjax.pallas import blocks
+from glmjax.pallas.selection import positions
 
 
 def forward(model, ids_BT):
@@ -66,8 +67,8 @@ def drafted(model, ids, selected=None):
     out = forward(model, ids)
     cache = ContiguousCache.create(model.config, *ids.shape, jnp.float32, layered=False)
     step = cache.step(jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape))
-    draft = model.draft(ids, previous_hidden(out.hidden_BTD, cache.tail_BD), cache, step, selected_BTK=selected)
-    return draft.hidden_BTD, draft.selected_BTK
+    draft = model.draft(ids, previous_hidden(out.hidden_BTD, cache.tail_BD), cache, step, selected=selected)
+    return draft.hidden_BTD, positions(draft.selected, ids.shape[1])
 
 
 def test_a_draft_can_reuse_a_selection(sparse):

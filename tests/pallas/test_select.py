@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import glmjax.pallas.select as selecting
-from glmjax.pallas import blocks
+from glmjax.pallas import blocks, selection
 from glmjax.pallas.rows import Rows
 from glmjax.pallas.select import index_scores, select
 
@@ -51,12 +51,18 @@ def expected(layer, k):
     return out
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def run(block_bytes, rows, layer, pages, k):
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def run(block_bytes, rows, layer, pages, k, way="mask"):
+    """The selection as positions, made in one of the three ways."""
     q, weights, _, first, last = (jnp.asarray(x) for x in case())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK_BYTES", block_bytes)
-        return select(q, weights, rows, layer, pages, first, last, k)
+        patch.setattr(selecting, "WINDOW", 8)
+        patch.setattr(selection, "FEW_QUERIES", T if way == "few" else 0)
+        patch.setattr(selection, "MASK_RATIO", S if way == "mask" else 0)
+        selected = select(q, weights, rows, layer, pages, first, last, k)
+    assert selection.is_mask(selected) is (way == "mask" or k >= S)
+    return selection.positions(selected, k)
 
 
 def contiguous():
@@ -75,10 +81,43 @@ def paged():
 WHOLE = 1 << 30
 
 
+WAYS = ["few", "mask", "positions"]
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("k", [1, 5, 23])
-def test_the_best_scores_are_selected(k):
+def test_the_best_scores_are_selected(k, way):
     for layer in range(L):
-        np.testing.assert_array_equal(run(WHOLE, contiguous(), layer, None, k), expected(layer, k))
+        np.testing.assert_array_equal(run(WHOLE, contiguous(), layer, None, k, way), expected(layer, k))
+
+
+@pytest.mark.parametrize(
+    ("queries", "length", "k", "mask"),
+    [
+        (1, 64, 64, True),  # everything is selected
+        (1, 65, 64, False),  # decode and verification gather
+        (8, 65, 64, False),
+        (9, 65, 64, True),  # prefill masks
+        (9, 1024, 64, True),
+        (9, 1025, 64, False),  # until the context is much longer than the selection
+    ],
+)
+def test_the_form_follows_the_number_of_queries_and_rows(queries, length, k, mask):
+    shapes = ((1, queries, I, J), (1, queries, I), (1, 1, length, J), (1, queries), (1, queries))
+    dtypes = [jnp.float32] * 3 + [jnp.int32] * 2
+    q, weights, keys, first, last = (jax.ShapeDtypeStruct(*of) for of in zip(shapes, dtypes, strict=True))
+    op = lambda q, w, keys, first, last: select(q, w, Rows(keys), 0, None, first, last, k)  # noqa: E731
+    found = jax.eval_shape(op, q, weights, keys, first, last)
+    assert (found.dtype == jnp.bool_) is mask
+    assert found.shape == (1, queries, length if mask else k)
+    nothing = selection.nothing(1, queries, length, k)
+    assert (nothing.shape, nothing.dtype) == (found.shape, found.dtype)
+    assert not np.any(selection.positions(nothing, k) >= 0)
+
+
+def test_a_mask_and_its_positions_are_the_same_selection():
+    mask = selection.mask(jnp.asarray(expected(0, 5)), S)
+    np.testing.assert_array_equal(selection.positions(mask, 5), expected(0, 5))
 
 
 def test_scores_may_be_negative_and_are_often_tied():
@@ -99,32 +138,37 @@ def test_scores_of_bfloat16_queries_and_keys_are_summed_in_float32():
 
 
 @pytest.mark.parametrize("queries", [1, 2, 4])
-def test_blocks_of_queries_select_what_one_block_does(queries):
-    per_query = 4 * B * (I + 4) * S
+@pytest.mark.parametrize("way", ["mask", "positions"])
+def test_blocks_of_queries_select_what_one_block_does(queries, way):
+    per_query = 4 * B * (I * 8 + 4 * S)
     for bytes_per_block in (queries * per_query, (2 * queries - 1) * per_query):
-        got = run(bytes_per_block, contiguous(), 1, None, 5)
+        got = run(bytes_per_block, contiguous(), 1, None, 5, way)
         np.testing.assert_array_equal(got, expected(1, 5))
 
 
-def test_shuffled_pages_select_what_contiguous_rows_do():
+@pytest.mark.parametrize("way", WAYS)
+def test_shuffled_pages_select_what_contiguous_rows_do(way):
     rows, table = paged()
     for layer in range(L):
-        np.testing.assert_array_equal(run(WHOLE, rows, layer, table, 5), expected(layer, 5))
+        np.testing.assert_array_equal(run(WHOLE, rows, layer, table, 5, way), expected(layer, 5))
 
 
 @pytest.mark.parametrize("window", [1, 3, 8, 16, 23])
 @pytest.mark.parametrize("k", [1, 5, 23])
 def test_few_queries_pass_over_windows_of_keys_and_select_the_same(window, k, monkeypatch):
     """Windows that divide the capacity or not, below and above k, contiguous and of whole shuffled pages."""
-    monkeypatch.setattr(selecting, "_WINDOW", window)
+    monkeypatch.setattr(selecting, "_STREAMED", window)
     q, weights, _, first, last = (jnp.asarray(x) for x in case())
     for rows, table in ((contiguous(), None), paged()):
         found = jax.jit(lambda rows, table: select(q, weights, rows, 1, table, first, last, k))(rows, table)
         np.testing.assert_array_equal(found, expected(1, k))
 
 
-def test_windows_beyond_the_last_visible_position_are_not_read(monkeypatch):
-    monkeypatch.setattr(selecting, "_WINDOW", 4)
+@pytest.mark.parametrize("few", [T, 0])
+def test_windows_beyond_the_last_visible_position_are_not_read(few, monkeypatch):
+    monkeypatch.setattr(selecting, "_STREAMED", 4)
+    monkeypatch.setattr(selecting, "WINDOW", 4)
+    monkeypatch.setattr(selection, "FEW_QUERIES", few)
     q, weights, keys, first, _ = case()
     poisoned = np.array(keys)
     poisoned[:, :, 8:] = np.nan
@@ -135,12 +179,13 @@ def test_windows_beyond_the_last_visible_position_are_not_read(monkeypatch):
     np.testing.assert_array_equal(clean, dirty)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_keys_that_no_query_sees_are_not_noticed(poison):
+def test_keys_that_no_query_sees_are_not_noticed(poison, way):
     keys = np.array(case()[2])
     last = case()[4].max(axis=1)
     keys[1, np.arange(S) > last[:, None]] = poison
-    np.testing.assert_array_equal(run(WHOLE, Rows(jnp.asarray(keys)), 1, None, 5), expected(1, 5))
+    np.testing.assert_array_equal(run(WHOLE, Rows(jnp.asarray(keys)), 1, None, 5, way), expected(1, 5))
 
 
 @pytest.mark.parametrize("k", [S, S + 1, 10 * S])
@@ -160,14 +205,14 @@ def test_a_query_that_sees_nothing_selects_nothing(k):
 
 def test_the_layer_may_be_an_int_or_the_counter_of_a_scan():
     q, weights, _, first, last = (jnp.asarray(x) for x in case())
-    at = lambda layer: select(q, weights, contiguous(), layer, None, first, last, 5)  # noqa: E731
+    at = lambda layer: selection.positions(select(q, weights, contiguous(), layer, None, first, last, 5), 5)  # noqa: E731
     _, both = jax.lax.scan(lambda _, layer: (None, at(layer)), None, jnp.arange(L))
     np.testing.assert_array_equal(both, [expected(layer, 5) for layer in range(L)])
     np.testing.assert_array_equal(at(1), both[1])
 
 
 def test_scores_of_a_long_context_exist_for_a_block_of_queries_only():
-    queries, length, limit = 64, 2048, 1 << 20
+    queries, length, limit = 256, 2048, 1 << 20
 
     def memory(block_bytes):
         with pytest.MonkeyPatch.context() as patch:

@@ -7,24 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glmjax.pallas import blocks
-from glmjax.pallas import sparse_attention as module
+from glmjax.pallas import blocks, selection
 from glmjax.pallas.rows import Rows
+from glmjax.pallas.sparse_attention import sparse_attention
 
 B, T, N, R, C, S, K = 2, 5, 3, 6, 8, 24, 7
 L, A = 2, 4  # layers; positions in a page
 SCALE = 0.3
-WAYS = {"masked": 1 << 20, "gathered": 0}  # the ratio up to which the masked way is taken
+WAYS = ["masked", "gathered"]  # by the form of the selection
 WHOLE = 1 << 30
 
 
 @functools.partial(jax.jit, static_argnames=("way", "block_bytes"))
 def attend(q, rows, pages, selected, *, layer=1, way, block_bytes=WHOLE):
-    """The op with the way and the size of blocks fixed while it is traced."""
+    """The op with the selection's form and the sizes of blocks and windows fixed while it is traced."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_DENSE_RATIO", WAYS[way])
         patch.setattr(blocks, "BLOCK_BYTES", block_bytes)
-        return module.sparse_attention(q, rows, layer, pages, selected, SCALE, R)
+        patch.setattr(blocks, "WINDOW", 10)  # does not divide S
+        selected = selection.mask(selected, S) if way == "masked" else selected
+        return sparse_attention(q, rows, layer, pages, selected, SCALE, R)
 
 
 @functools.partial(jax.jit, static_argnames="way")
@@ -161,7 +162,7 @@ def test_shuffled_pages_give_what_contiguous_rows_do(way):
 @pytest.mark.parametrize("way", WAYS)
 def test_blocks_of_queries_give_what_one_block_does(way):
     q, values = case()
-    per_query = {"masked": 4 * B * N * S, "gathered": B * K * (4 * C + 4 * N)}[way]
+    per_query = {"masked": 4 * B * N * 10, "gathered": B * K * (4 * C + 4 * N)}[way]
     for queries in (1, 2):
         got = attend(q, Rows(values), None, selections(), way=way, block_bytes=queries * per_query)
         assert_close(got, expected(q, values, selections()))
@@ -222,20 +223,14 @@ def test_what_a_row_holds_that_no_query_selects_is_not_noticed(way, poison):
     assert_close(got, want)
 
 
-@pytest.mark.parametrize(
-    ("queries", "length", "selected", "way"),
-    [
-        (1, 4, 4, "gathered"),  # decode reads the selected rows only
-        (2, 16, 4, "masked"),
-        (2, 17, 4, "gathered"),  # the context is much longer than the selection
-        (5, 4, 4, "masked"),
-    ],
-)
-def test_the_way_follows_the_number_of_queries_and_rows(queries, length, selected, way):
-    q, rows = jnp.zeros((1, queries, N, C)), Rows(jnp.zeros((1, 1, length, C)))
-    jaxpr = jax.make_jaxpr(lambda *args: module.sparse_attention(*args, SCALE, R))
-    traced = str(jaxpr(q, rows, jnp.int32(0), None, jnp.zeros((1, queries, selected), jnp.int32)))
-    assert ("gather[" in traced) is (way == "gathered")
+def test_windows_that_no_query_selects_are_not_read():
+    """A row of such a window may be anything without a trace, its neighbours in a selected window are zeroed."""
+    q, values = case()
+    inside = jnp.where(selections() >= 0, selections() % 10 + 10, -1)  # windows 0 and 2 hold nothing
+    hlo = attend.lower(q, Rows(values), None, inside, way="masked").compile()
+    poisoned = values.at[:, :, :10].set(np.nan).at[:, :, 20:].set(np.nan)
+    for v in (values, poisoned):
+        assert np.all(np.isfinite(hlo(q, Rows(v), None, inside)[0]))
 
 
 def test_one_query_and_many_agree():

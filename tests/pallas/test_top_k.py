@@ -1,4 +1,4 @@
-"""top_k: exactly the best visible positions, ties to the lowest, by sorting and by bisection alike."""
+"""Exactly the best visible positions, ties to the lowest, by sorting and by bisection alike."""
 
 import functools
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glmjax.pallas import selection
 from glmjax.pallas import top_k as module
 
 METHODS = ["by_sorting", "by_bisection"]
@@ -19,11 +20,11 @@ DENORMAL = np.float32(1e-42)
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def top_k(method, scores_BTS, first_BT, last_BT, k):
-    """The op with the method fixed while it is traced."""
-    with pytest.MonkeyPatch.context() as patch:
-        other = next(name for name in METHODS if name != method)
-        patch.setattr(module, other, getattr(module, method))
-        return module.top_k(scores_BTS, first_BT, last_BT, k)
+    """As positions, whichever form the method gives."""
+    k = min(k, scores_BTS.shape[-1])
+    visible_BTS = selection.visible(first_BT, last_BT, scores_BTS.shape[-1])
+    selected = getattr(module, method)(module.comparable(scores_BTS, visible_BTS), visible_BTS, k)
+    return selection.positions(selected, k)
 
 
 def expected(scores_BTS, first_BT, last_BT, k):
@@ -133,38 +134,3 @@ def test_many_ties_in_long_rows_are_exact(method, queries, length, k):
     scores = np.round(rng.standard_normal((1, queries, length)), 1)  # some seventy different scores, both zeros
     last = rng.integers(-1, length, (1, queries))
     check(method, scores, np.maximum(last - length // 2, 0), last, k)
-
-
-@pytest.mark.parametrize(
-    ("batch", "queries", "length", "method"),
-    [
-        (1, 1, 64, "by_sorting"),
-        (3, 5, 64, "by_sorting"),
-        (1, 16, 64, "by_bisection"),
-        (4, 4, 64, "by_bisection"),
-        (4, 4, 16384, "by_bisection"),
-        (4, 4, 16385, "by_sorting"),
-    ],
-)
-def test_the_method_follows_the_number_of_rows_and_their_length(monkeypatch, batch, queries, length, method):
-    used = []
-    for name in METHODS:
-        run = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, name=name, run=run: (used.append(name), run(*args))[1])
-    bounds = jax.ShapeDtypeStruct((batch, queries), jnp.int32)
-    out = jax.eval_shape(
-        lambda *args: module.top_k(*args, 8),
-        jax.ShapeDtypeStruct((batch, queries, length), jnp.float32),
-        bounds,
-        bounds,
-    )
-    assert used == [method]
-    assert out.shape == (batch, queries, 8)
-
-
-@pytest.mark.parametrize("rows", [15, 16])
-def test_both_sides_of_the_threshold_agree(rows):
-    scores_BTS = np.round(np.random.default_rng(1).standard_normal((1, rows, 40)), 1).astype(np.float32)
-    first_BT, last_BT = np.zeros((1, rows), np.int32), np.arange(rows, dtype=np.int32)[None] * 3
-    got = jax.jit(module.top_k, static_argnums=3)(scores_BTS, first_BT, last_BT, 7)
-    np.testing.assert_array_equal(got, expected(scores_BTS, first_BT, last_BT, 7))

@@ -95,7 +95,7 @@ def batches(tokens, seed=0, **sizes):
 
 
 def assert_same(left, right):
-    assert left.keys() == right.keys() == {"ids_BT", "start_BT"}
+    assert left.keys() == right.keys() == {"ids_BT", "start_BT", "scored_BT"}
     for name in left:
         np.testing.assert_array_equal(left[name], right[name])
 
@@ -104,6 +104,7 @@ def test_batches_have_the_promised_shapes(tokens):
     batch = next(batches(tokens))
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
         "ids_BT": ((3, 16), np.int32),
+        "scored_BT": ((3, 16), np.bool_),
         "start_BT": ((3, 16), np.int32),
     }
 

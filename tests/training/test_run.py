@@ -13,7 +13,12 @@ from glmjax.training.recipe import Recipe, Stage, balance
 from glmjax.training.run import Run
 
 RECIPE = Recipe(
-    stages=(Stage(6, 4, 16), Stage(4, 2, 32)), warmup_steps=2, learning_rate=1e-2, distilled=1, balance_rate=1e-2
+    stages=(Stage(6, 4, 16, "dense"), Stage(4, 2, 32, "sparse")),
+    warmup_steps=2,
+    learning_rate=1e-2,
+    mtp_steps=2,
+    distilled=4,
+    balance_rate=1e-2,
 )
 
 
@@ -51,8 +56,8 @@ def test_interrupted_anywhere_it_goes_on_with_the_same_batches_and_losses(
         run(tmp_path, tiny_config, counting_tokens).train(until)
     wanted, found = log(folder), log(tmp_path)
     for a, b in zip(wanted, found, strict=True):
-        assert {k: a[k] for k in ("step", "next_token", "mtp", "indexer_kl", "grad_norm")} == {
-            k: b[k] for k in ("step", "next_token", "mtp", "indexer_kl", "grad_norm")
+        assert {k: a[k] for k in ("step", "next_token", "mtp", "indexer_kl", "indexer_recall", "grad_norm")} == {
+            k: b[k] for k in ("step", "next_token", "mtp", "indexer_kl", "indexer_recall", "grad_norm")
         }
     for a, b in zip(jax.tree.leaves(whole.state), jax.tree.leaves(Run.resume(tmp_path, tiny_config)), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -1,0 +1,148 @@
+"""What some rows are turned into: blanks to fill, as GLM is trained, and lines to recall.
+
+Both rewrite one document's part of a row and keep its length, so that nothing else moves; what they insert pushes as
+many tokens off the part's end.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from glmjax.model.infill import BlankTokens
+from glmjax.model.tokenizer import Tokenizer
+
+Part = tuple[Int32[np.ndarray, " length"], Bool[np.ndarray, " length"]]
+"""Tokens, and which of them are worth predicting."""
+
+_SHORTEST = 48  # tokens of a part that is worth rewriting
+_LONGEST_BLANK = 96
+_AT_END = 0.2  # share of the blanks that are the rest of the text
+_SEVERAL = 0.3  # share of the others that come in twos and threes
+_WHOLE_LINES = 0.5  # share of the spans that are whole lines
+_PLACES = ("token", "secret", "label", "access", "session", "marker")
+_CHARACTERS = np.array(list(string.ascii_lowercase + string.digits))
+
+
+class Tasks:
+    """Rewrites a share of the rows.
+
+    Blank infilling (GLM, arXiv 2103.10360): spans are cut out, a mask stands for each, and they follow in random order.
+    Masks and `<sop>` are not predicted, since nothing tells where they come.
+
+    Recall: lines `name = "value"` with random values are planted at line ends of the first half, and lines
+    `assert name == "value"` follow in the second. Only the values in the latter are predicted; nothing but attention to
+    the former, however far away, can tell them.
+
+    Args:
+        tokenizer: of the rows.
+        infill_share: share of the rows with blanks.
+        recall_share: share of the rows with planted lines.
+
+    Raises:
+        ValueError: the shares are not within [0, 1] together, or the vocabulary has no tokens for blanks.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, infill_share: float, recall_share: float):
+        if min(infill_share, recall_share) < 0 or infill_share + recall_share > 1:
+            raise ValueError(
+                f"infill_share {infill_share} and recall_share {recall_share} must be within [0, 1] together"
+            )
+        self.infill_share, self.recall_share = infill_share, recall_share
+        self._tokenizer, self._blanks = tokenizer, BlankTokens.of(tokenizer)
+        texts = (tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
+        self._ends_line = np.array([text.endswith("\n") for text in texts])
+
+    def __call__(self, ids: Int32[np.ndarray, " width"], starts: np.ndarray, rng: np.random.Generator) -> Part:
+        """A row's tokens, rewritten or not, and which of them are targets worth predicting.
+
+        Args:
+            ids: the row.
+            starts: where each token's document begins.
+            rng: decides.
+        """
+        ids, scored = ids.copy(), np.ones(len(ids), bool)
+        draw = rng.random()
+        task: Callable[[np.ndarray, np.random.Generator], Part] | None = None
+        if draw < self.infill_share:
+            task = self.with_blanks
+        elif draw < self.infill_share + self.recall_share:
+            task = self.with_recall
+        begins, counts = np.unique(starts, return_counts=True)
+        longest = int(np.argmax(counts))
+        if task is not None and counts[longest] >= _SHORTEST:
+            part = slice(int(begins[longest]), int(begins[longest] + counts[longest]))
+            ids[part], scored[part] = task(ids[part], rng)
+        return ids, scored
+
+    def with_blanks(self, part: np.ndarray, rng: np.random.Generator) -> Part:
+        """One to three blanks within the part, or one at its end."""
+        mask, gmask, sop, eop = self._blanks
+        if rng.random() < _AT_END:
+            body = part[:-3]
+            cut = int(rng.integers(len(body) // 4, len(body)))
+            out = np.concatenate([body[:cut], [gmask, sop], body[cut:], [eop]])
+        else:
+            count = int(rng.integers(2, 4)) if rng.random() < _SEVERAL else 1
+            body = part[: len(part) - 3 * count]
+            spans = [self._span(body, region, rng) for region in np.array_split(np.arange(len(body)), count)]
+            kept = np.split(body, [edge for span in spans for edge in span])
+            outside, inside = kept[::2], kept[1::2]
+            pieces = [outside[0]]
+            for piece in outside[1:]:
+                pieces += [[mask], piece]
+            for i in rng.permutation(count):
+                pieces += [[sop], inside[i], [eop]]
+            out = np.concatenate(pieces)
+        return out.astype(np.int32), ~np.isin(out, (mask, gmask, sop))
+
+    def _span(self, body: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+        """Begin and end of a span of at least one token within a region of the body; whole lines where it can be."""
+        first, last = int(region[0]), int(region[-1]) + 1
+        begin = int(rng.integers(first, last))
+        end = begin + 1 + int(rng.integers(min(_LONGEST_BLANK, last - begin)))
+        if rng.random() < _WHOLE_LINES:
+            edges = first + 1 + np.flatnonzero(self._ends_line[body[first:last]])
+            if len(edges) > 1:
+                begin = int(edges[min(np.searchsorted(edges, begin), len(edges) - 2)])
+                longer = edges[(edges > begin) & (edges <= begin + _LONGEST_BLANK)]
+                end = int(longer[rng.integers(len(longer))]) if len(longer) else begin + 1
+        return begin, end
+
+    def with_recall(self, part: np.ndarray, rng: np.random.Generator) -> Part:
+        """One to three planted lines, asked for in another order."""
+        planted = [self._planted(rng) for _ in range(int(rng.integers(1, 4)))]
+        half = len(part) // 2
+        begins = self._line_ends(part, 0, half, len(planted), rng)
+        asks = self._line_ends(part, half, len(part), len(planted), rng)
+        lines = [(at, line, np.zeros(len(line), bool)) for at, (line, _, _) in zip(begins, planted, strict=True)]
+        for at, i in zip(asks, rng.permutation(len(planted)), strict=True):
+            _, question, answer = planted[i]
+            scored = np.repeat([False, True], [len(question), len(answer)])
+            lines.append((at, np.concatenate([question, answer]), scored))
+        out, flags, done = [], [], 0
+        for at, line, scored in sorted(lines, key=lambda item: item[0]):
+            out += [part[done:at], line]
+            flags += [np.ones(at - done, bool), scored]
+            done = at
+        out, flags = [*out, part[done:]], [*flags, np.ones(len(part) - done, bool)]
+        return np.concatenate(out)[: len(part)].astype(np.int32), np.concatenate(flags)[: len(part)]
+
+    def _planted(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A line to plant, the question about it and the answer."""
+        return tuple(np.array(self._tokenizer.encode(text), np.int32) for text in planted_line(rng))
+
+    def _line_ends(self, part: np.ndarray, begin: int, end: int, count: int, rng: np.random.Generator) -> list[int]:
+        """Positions behind line ends between two positions, ascending; anywhere where there are no lines."""
+        found = begin + 1 + np.flatnonzero(self._ends_line[part[begin : end - 1]])
+        return sorted(int(i) for i in rng.choice(found if len(found) else np.arange(begin, end), count))
+
+
+def planted_line(rng: np.random.Generator) -> tuple[str, str, str]:
+    """A line `name = "value"`, and `assert name == "` with `value"` to follow. Every call gives another value."""
+    name = f"{_PLACES[rng.integers(len(_PLACES))]}_{''.join(rng.choice(_CHARACTERS[:26], 2))}"
+    value = "".join(rng.choice(_CHARACTERS, int(rng.integers(4, 9))))
+    return f'{name} = "{value}"\n', f'assert {name} == "', f'{value}"\n'

@@ -1,0 +1,271 @@
+"""Speculation changes no token, and leaves behind what token-by-token decoding would have."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glmjax.glm import GLM, load
+from glmjax.model.assemble import abstract
+from glmjax.model.cache import Cache, ContiguousCache
+from glmjax.model.config import GlmConfig
+from glmjax.model.sampling_params import SamplingParams, SamplingState
+from glmjax.model.stops import Stops
+from glmjax.model.transformer import Transformer
+from glmjax.model.weights import random_source
+from glmjax.speculation import DecodeState, begin, prefill, speculate
+
+GOLDEN = Path(__file__).parent / "golden"
+CONTEXT, NEW, DRAFTS = 64, 28, 3
+PROMPTS = ([3, 9, 4, 1, 5], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [1])  # with the new tokens, all pass index_topk = 8
+TINY = GlmConfig(
+    vocab_size=16,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    mlp_layer_types=("dense", "sparse"),
+    indexer_types=("full", "shared"),
+    index_topk=8,
+    index_n_heads=4,
+    index_head_dim=16,
+    max_position_embeddings=CONTEXT,
+    num_nextn_predict_layers=1,
+)
+PLAIN = {
+    "greedy": SamplingParams(temperature=0),
+    "sampled": SamplingParams(temperature=1, seed=1),
+    "noisy": SamplingParams(temperature=5, seed=2),  # draft and target share the noise: most drafts are accepted
+    "truncated": SamplingParams(temperature=2, top_k=6, top_p=0.9, min_p=0.05, seed=3),
+    "penalised": SamplingParams(
+        temperature=3, frequency_penalty=1.5, presence_penalty=0.5, repetition_penalty=1.3, seed=4
+    ),
+}
+IN_TURN = [PLAIN["greedy"], PLAIN["noisy"], PLAIN["penalised"]]  # of one batch
+
+
+@functools.cache
+def tiny() -> GLM:
+    return GLM(Transformer(TINY, dtype=jnp.float32, rngs=random_source(0)), None, None, Stops())
+
+
+@functools.cache
+def golden(name: str) -> GLM:
+    return load(GOLDEN / name, dtype=jnp.float32)
+
+
+@functools.cache
+def token_by_token(glm: GLM, prompt: tuple[int, ...], params: SamplingParams) -> list[int]:
+    return glm.generate(prompt, params, max_new_tokens=NEW, ignore_eos=True).finish().ids
+
+
+@jax.jit
+def started(model, ids_BT, positions_BT, sampling) -> DecodeState:
+    cache = ContiguousCache.create(model.config, ids_BT.shape[0], CONTEXT, model.dtype, mtp=True)
+    tail_BD, cache = prefill(model, cache, cache.tail_BD, ids_BT, cache.step(positions_BT))
+    return begin(model, cache, tail_BD, positions_BT.max(axis=1) + 1, sampling)
+
+
+one_round = jax.jit(speculate, static_argnames="num_draft")
+
+
+def start(model: Transformer, prompts, params) -> DecodeState:
+    """All prompts in one padded chunk."""
+    ids, positions = np.zeros((len(prompts), 16), np.int32), np.full((len(prompts), 16), -1, np.int32)
+    for b, prompt in enumerate(prompts):
+        ids[b, : len(prompt)], positions[b, : len(prompt)] = prompt, np.arange(len(prompt))
+    return started(model, ids, positions, SamplingState.from_params(params, prompts, model.config.vocab_size))
+
+
+def speculated(model: Transformer, state: DecodeState, num_draft: int = DRAFTS, new: int = NEW):
+    """Each sequence's tokens, each round's counts, and the last state; a sequence goes idle once it has enough."""
+    emitted, counts = [[int(token)] for token in state.token_B], []
+    while (np.asarray(state.position_B) >= 0).any():
+        out = one_round(model, state, num_draft=num_draft)
+        for ids, tokens, count in zip(emitted, out.tokens_BT.tolist(), out.count_B.tolist(), strict=True):
+            assert tokens[count:] == [-1] * (num_draft + 1 - count)
+            ids += tokens[:count]
+        counts.append(out.count_B.tolist())
+        full_B = np.array([len(ids) >= new for ids in emitted])
+        state = dataclasses.replace(out.state, position_B=jnp.where(full_B, -1, out.state.position_B))
+    return emitted, np.array(counts), state
+
+
+# Nothing is lost
+
+
+@pytest.mark.parametrize("name", ["sparse", "shared_indexer", "fp8"])
+def test_published_layouts_give_the_tokens_of_token_by_token_decoding(name):
+    glm = golden(name)
+    found, _, _ = speculated(glm.weights, start(glm.weights, PROMPTS, IN_TURN))
+    for ids, prompt, params in zip(found, PROMPTS, IN_TURN, strict=True):
+        assert ids[:NEW] == token_by_token(glm, tuple(prompt), params)
+
+
+@pytest.mark.parametrize("how", PLAIN)
+def test_where_drafts_are_accepted_no_token_differs(how):
+    glm, params = tiny(), PLAIN[how]
+    found, counts, _ = speculated(glm.weights, start(glm.weights, PROMPTS, [params] * 3))
+    assert (counts > 1).any()
+    for ids, prompt in zip(found, PROMPTS, strict=True):
+        assert ids[:NEW] == token_by_token(glm, tuple(prompt), params)
+
+
+@pytest.mark.parametrize("num_draft", [0, 1])
+def test_output_does_not_depend_on_how_far_one_speculates(num_draft):
+    glm = tiny()
+    found, counts, _ = speculated(glm.weights, start(glm.weights, PROMPTS, IN_TURN), num_draft)
+    assert counts.max() == num_draft + 1
+    for ids, prompt, params in zip(found, PROMPTS, IN_TURN, strict=True):
+        assert ids[:NEW] == token_by_token(glm, tuple(prompt), params)
+
+
+def test_shared_noise_makes_drafts_of_a_flat_distribution_agree():
+    model = tiny().weights
+    _, noisy, _ = speculated(model, start(model, PROMPTS, [PLAIN["noisy"]] * 3))
+    assert noisy[noisy > 0].mean() > 1.5
+
+
+def test_tokens_of_the_vocabularys_padding_are_never_drawn():
+    state = start(tiny().weights, PROMPTS, [PLAIN["noisy"]] * 3)
+    barred = jnp.where(jnp.arange(16) % 2 == 0, -jnp.inf, 0.0) + jnp.zeros((3, 16))
+    state = dataclasses.replace(state, sampling=dataclasses.replace(state.sampling, bias_BV=barred))
+    found, _, _ = speculated(tiny().weights, state)
+    assert all(token % 2 == 1 for ids in found for token in ids[1:])
+
+
+# What a round leaves behind
+
+
+def test_rows_and_tail_are_those_of_a_prefill_of_what_was_emitted():
+    """Also the MTP layer's: provisional rows do not outlive their round."""
+    model = tiny().weights
+    state, history = start(model, PROMPTS, [PLAIN["noisy"]] * 3), [list(prompt) for prompt in PROMPTS]
+    newest = np.asarray(state.token_B).tolist()
+    for _ in range(4):
+        out = one_round(model, state, num_draft=DRAFTS)
+        for ids, token, tokens, count in zip(history, newest, out.tokens_BT, out.count_B, strict=True):
+            ids += [token, *tokens[: count - 1].tolist()]
+        state, newest = out.state, np.asarray(out.state.token_B).tolist()
+    assert max(map(len, history)) > max(map(len, PROMPTS)) + 4  # some were accepted
+    for b, ids in enumerate(history):
+        assert int(state.position_B[b]) == len(ids)
+        padded = np.pad(ids, (0, CONTEXT - len(ids)))[None]
+        positions = np.where(np.arange(CONTEXT) < len(ids), np.arange(CONTEXT), -1)[None]
+        wanted = started(model, padded, positions, SamplingState.from_params([PLAIN["greedy"]], [()], 16))
+        np.testing.assert_allclose(state.tail_BD[b], wanted.tail_BD[0], atol=2e-5)
+        for rows, other in [
+            (state.cache.latents, wanted.cache.latents),
+            (state.cache.index_keys, wanted.cache.index_keys),
+        ]:
+            found = rows.values_LGAC[:, b, 1 : len(ids)]  # the MTP layer's row 0 is never seen
+            np.testing.assert_allclose(found, other.values_LGAC[:, 0, 1 : len(ids)], atol=2e-5)
+
+
+def test_counts_are_those_of_the_emitted_tokens():
+    model = tiny().weights
+    found, _, state = speculated(model, start(model, PROMPTS, [PLAIN["noisy"]] * 3))
+    wanted = [np.bincount(ids, minlength=16) for ids in found]
+    np.testing.assert_array_equal(state.sampling.counts_BV, wanted)
+
+
+def test_the_logits_are_those_the_tokens_were_drawn_from():
+    model = tiny().weights
+    out = one_round(model, start(model, PROMPTS, [PLAIN["greedy"]] * 3), num_draft=DRAFTS)
+    kept = np.arange(DRAFTS + 1) < np.asarray(out.count_B)[:, None]
+    np.testing.assert_array_equal(np.argmax(out.logits_BTV, -1)[kept], out.tokens_BT[kept])
+    np.testing.assert_allclose(model.head(out.hidden_BTD), out.logits_BTV, atol=1e-5)
+
+
+def test_an_idle_slot_passes_through_untouched():
+    model = tiny().weights
+    state = start(model, PROMPTS, IN_TURN)
+    state = dataclasses.replace(state, position_B=state.position_B.at[1].set(-1))
+    out = one_round(model, state, num_draft=DRAFTS)
+    assert int(out.count_B[1]) == 0
+    assert out.tokens_BT[1].tolist() == [-1] * (DRAFTS + 1)
+    before, after = (
+        [s.tail_BD[1], s.token_B[1], s.position_B[1], s.sampling.counts_BV[1], s.cache.latents.values_LGAC[:, 1]]
+        for s in (state, out.state)
+    )
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+    beside = one_round(model, start(model, PROMPTS, IN_TURN), num_draft=DRAFTS)
+    np.testing.assert_array_equal(out.tokens_BT[::2], beside.tokens_BT[::2])
+
+
+def test_tokens_are_right_up_to_the_end_of_the_cache():
+    glm, new = tiny(), CONTEXT - len(PROMPTS[0])
+    found, _, _ = speculated(glm.weights, start(glm.weights, PROMPTS, [PLAIN["noisy"]] * 3), new=new)
+    wanted = glm.generate(PROMPTS[0], PLAIN["noisy"], max_new_tokens=new, ignore_eos=True).finish().ids
+    assert found[0][:new] == wanted
+
+
+# As part of a program
+
+
+def test_a_round_can_be_the_body_of_a_while_loop():
+    model = tiny().weights
+
+    @jax.jit
+    def rounds(model, state):
+        return jax.lax.fori_loop(0, 4, lambda _, s: speculate(model, s, num_draft=DRAFTS).state, state)
+
+    state = wanted = start(model, PROMPTS, IN_TURN)
+    for _ in range(4):
+        wanted = one_round(model, wanted, num_draft=DRAFTS).state
+    found = rounds(model, state)
+    np.testing.assert_array_equal(found.token_B, wanted.token_B)
+    np.testing.assert_array_equal(found.position_B, wanted.position_B)
+
+
+def test_any_cache_will_do():
+    """A round asks a cache for nothing but the protocol."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Foreign:
+        inner: ContiguousCache
+
+        capacity = CONTEXT
+
+        def step(self, positions_BT, first_BT=None):
+            return self.inner.step(positions_BT, first_BT)
+
+        def append(self, *args):
+            return Foreign(self.inner.append(*args))
+
+        def append_index(self, *args):
+            return Foreign(self.inner.append_index(*args))
+
+        def select(self, *args):
+            return self.inner.select(*args)
+
+        def attend(self, *args, **kwargs):
+            return self.inner.attend(*args, **kwargs)
+
+    model, state = tiny().weights, start(tiny().weights, PROMPTS, IN_TURN)
+    foreign = dataclasses.replace(state, cache=Foreign(state.cache))
+    assert isinstance(foreign.cache, Cache)
+    found, wanted = (one_round(model, s, num_draft=DRAFTS) for s in (foreign, state))
+    np.testing.assert_array_equal(found.tokens_BT, wanted.tokens_BT)
+
+
+def test_drafts_need_an_mtp_layer():
+    model = abstract(TINY, jnp.float32, mtp=False, fp8=False)
+    with pytest.raises(ValueError, match="no MTP weights"):
+        jax.eval_shape(
+            lambda m, s: speculate(m, s, num_draft=1).count_B, model, start(tiny().weights, PROMPTS, IN_TURN)
+        )
