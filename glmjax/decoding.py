@@ -1,4 +1,4 @@
-"""The loop behind `GLM.generate`: prefill in chunks, then one compiled step per token, streamed as text."""
+"""The loop behind `GLM.generate`: prefill in chunks, then several steps per dispatch, streamed as text."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from glmjax.model.cache import ContiguousCache, last_token
 from glmjax.model.sampling import Logprobs, logprobs, observe, sample
@@ -20,6 +22,9 @@ from glmjax.model.transformer import Transformer
 
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 16, 512
 _SMALLEST_CACHE = 256
+_FEWEST_STOPS = 16  # stop tokens that a program is compiled for
+_MOST_STEPS = 32  # of one dispatch
+_DISPATCH_SECONDS = 0.05  # that a dispatch should take, since its tokens are shown together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +154,7 @@ class Generation:
                 return
 
     def _sampled(self) -> Iterator[tuple[int, Logprobs | None]]:
-        """Endless tokens: the prompt's prefill, then a step each."""
+        """Tokens without end: the prompt's prefill, then as many steps per dispatch as make up `_DISPATCH_SECONDS`."""
         model, params, n = self._model, self._params, self._params.logprobs
         length, vocab = len(self.prompt_ids), model.config.vocab_size
         rows = min(_power_of_two(length + self._new_tokens, _SMALLEST_CACHE), model.config.max_position_embeddings)
@@ -166,12 +171,41 @@ class Generation:
             piece = self.prompt_ids[begin : begin + chunk]
             ids[0, : len(piece)], positions[0, : len(piece)] = piece, np.arange(begin, begin + len(piece))
             hidden_BD, cache = prefill(model, cache, ids, positions)
-        position = length
-        token, scores, state = first_token(model, hidden_BD, state, np.int32([position]), n)
+        token, scores, state = first_token(model, hidden_BD, state, np.int32([length]), n)
+        token = np.asarray(token)
+        yield int(token[0]), scores
+        stop_ids = np.full(_power_of_two(len(self._stops.token_ids), _FEWEST_STOPS), -1, np.int32)
+        stop_ids[: len(self._stops.token_ids)] = sorted(self._stops.token_ids)
+        position, steps = length, 1
         while True:
-            yield int(token[0]), scores
-            token, scores, state, cache = decode(model, cache, state, token, np.int32([position]), n)
-            position += 1
+            steps = min(steps, self._new_tokens - len(self.ids))
+            began = time.perf_counter()
+            run, state, cache = decode(model, cache, state, token, np.int32([position]), np.int32(steps), stop_ids, n)
+            count, tokens = int(run.count), np.asarray(run.token_ZB)
+            seconds = time.perf_counter() - began
+            for z in range(count):
+                yield int(tokens[z, 0]), jax.tree.map(lambda x, z=z: x[z], run.scores)
+            token, position = tokens[count - 1], position + count
+            if seconds > _DISPATCH_SECONDS:
+                steps = max(steps // 2, 1)
+            elif 2 * seconds < _DISPATCH_SECONDS:
+                steps = min(2 * steps, _MOST_STEPS)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """What a dispatch of `decode` generated. Z is `_MOST_STEPS`.
+
+    Attributes:
+        token_ZB: tokens, the first `count` of them.
+        scores: their logprobs, where asked for, with a leading axis Z.
+        count: steps that were run, at least one.
+    """
+
+    token_ZB: jax.Array
+    scores: Logprobs | None
+    count: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "dtype"), keep_unused=True)
@@ -205,12 +239,42 @@ def decode(
     state: SamplingState,
     token_B: jax.Array,
     position_B: jax.Array,
+    steps: jax.Array,
+    stop_ids: jax.Array,
     n: int | None,
-) -> tuple[jax.Array, Logprobs | None, SamplingState, ContiguousCache]:
-    """The token after `token_B`, which is at `position_B`."""
-    out = model.backbone(token_B[:, None], cache, cache.step(position_B[:, None]))
-    token_B, scores, state = _draw(model, out.hidden_BTD[:, 0], state, position_B + 1, n)
-    return token_B, scores, state, out.cache
+) -> tuple[Decoded, SamplingState, ContiguousCache]:
+    """The tokens after `token_B`, which is at `position_B`: `steps` of them, fewer where all sequences meet a stop.
+
+    Args:
+        model: the network.
+        cache: with the rows of everything before.
+        state: sampling parameters and counts.
+        token_B: the last token of each sequence, without rows yet.
+        position_B: where it is.
+        steps: from 1 to `_MOST_STEPS`; one program serves all of them.
+        stop_ids: tokens after which a sequence needs no more; −1 for none.
+        n: logprobs to return, or None.
+    """
+
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        run, state, cache, token_B, stopped_B = carry
+        position_B1 = (position_B + run.count)[:, None]
+        out = model.backbone(token_B[:, None], cache, cache.step(position_B1))
+        token_B, scores, state = _draw(model, out.hidden_BTD[:, 0], state, position_B1[:, 0] + 1, n)
+        store = functools.partial(lax.dynamic_update_index_in_dim, index=run.count, axis=0)
+        kept = jax.tree.map(lambda all_Z, one: store(all_Z, one), run.scores, scores)
+        run = Decoded(store(run.token_ZB, token_B), kept, run.count + 1)
+        return run, state, out.cache, token_B, stopped_B | jnp.isin(token_B, stop_ids)
+
+    def unfinished(carry: tuple[Any, ...]) -> jax.Array:
+        run, *_, stopped_B = carry
+        return (run.count < steps) & ~jnp.all(stopped_B)
+
+    shapes = jax.eval_shape(lambda: _draw(model, jnp.zeros_like(cache.tail_BD), state, position_B, n)[:2])
+    token_ZB, scores = jax.tree.map(lambda x: jnp.zeros((_MOST_STEPS, *x.shape), x.dtype), shapes)
+    begin = (Decoded(token_ZB, scores, jnp.int32(0)), state, cache, token_B, jnp.zeros(token_B.shape, bool))
+    run, state, cache, *_ = lax.while_loop(unfinished, step, begin)
+    return run, state, cache
 
 
 def _draw(
@@ -232,4 +296,4 @@ def _token(token: int, text: str, finish_reason: str | None, scores: Logprobs | 
 
 
 def _power_of_two(n: int, least: int) -> int:
-    return max(least, 1 << (n - 1).bit_length())
+    return max(least, 1 << (n - 1).bit_length()) if n else least

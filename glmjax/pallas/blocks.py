@@ -13,14 +13,15 @@ BLOCK_BYTES = 4 << 20  # of intermediates that one block of queries may hold: ab
 WINDOW = 256  # rows of a sequence that are looked at together
 
 
-def block_size(length: int, bytes_per_query: int) -> int:
+def block_size(length: int, bytes_per_query: int, budget: int | None = None) -> int:
     """Queries of a block: a power of two, or all of them.
 
     Args:
         length: queries there are.
         bytes_per_query: what is materialised for one position of the query axis, over the whole batch.
+        budget: bytes that a block may hold; default `BLOCK_BYTES`.
     """
-    return min(length, 1 << (max(1, BLOCK_BYTES // bytes_per_query).bit_length() - 1))
+    return min(length, 1 << (max(1, (budget or BLOCK_BYTES) // bytes_per_query).bit_length() - 1))
 
 
 def split(queries_BT: Any, size: int) -> Any:
@@ -44,7 +45,9 @@ def join(blocks: Any, length: int) -> Any:
     return jax.tree.map(one, blocks)
 
 
-def map_query_blocks(f: Callable[..., Any], bytes_per_query: int, *queries_BT: jax.Array) -> Any:
+def map_query_blocks(
+    f: Callable[..., Any], bytes_per_query: int, *queries_BT: jax.Array, budget: int | None = None
+) -> Any:
     """Apply f to blocks of the query axis (axis 1); f is recomputed where gradients are taken.
 
     Args:
@@ -52,9 +55,10 @@ def map_query_blocks(f: Callable[..., Any], bytes_per_query: int, *queries_BT: j
             up the last block are zeros.
         bytes_per_query: see `block_size`.
         queries_BT: arrays that share axes B and T.
+        budget: see `block_size`.
     """
     length = queries_BT[0].shape[1]
-    size = block_size(length, bytes_per_query)
+    size = block_size(length, bytes_per_query, budget)
     if length == size:
         return f(*queries_BT)
     return join(lax.map(jax.checkpoint(lambda block: f(*block)), split(queries_BT, size)), length)

@@ -58,7 +58,9 @@ class Rows:
         dropped_BT = (slots_BT < 0) | (slots_BT >= pages * page_size)
         page_BT = jnp.where(dropped_BT, pages, slots_BT // page_size)
         stored = rows_BTC.astype(self.values_LGAC.dtype)
-        return Rows(self.values_LGAC.at[layer, page_BT, slots_BT % page_size].set(stored, mode="drop"))
+        values_LGAC = self.values_LGAC.at[layer, page_BT, slots_BT % page_size].set(stored, mode="drop")
+        # Else XLA makes what is read next out of the arena before the write, which then has to be copied whole.
+        return Rows(lax.optimization_barrier(values_LGAC))
 
     def of_sequences(self, layer: jax.Array | int, pages_BM: jax.Array | None) -> jax.Array:
         """All rows of each sequence in order, [B, S, C] with S = M · A.
@@ -67,7 +69,7 @@ class Rows:
             layer: whose pages.
             pages_BM: each sequence's pages, or None where page b is sequence b's only one: then it is a view.
         """
-        layer_GAC = take(self.values_LGAC, lax.optimization_barrier(jnp.asarray(layer, jnp.int32)))
+        layer_GAC = take(self.values_LGAC, layer)
         if pages_BM is None:
             return layer_GAC
         batch, pages = pages_BM.shape

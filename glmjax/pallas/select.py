@@ -16,7 +16,9 @@ from glmjax.pallas.rows import Rows
 from glmjax.pallas.selection import Selection
 from glmjax.pallas.top_k import ascending, by_bisection, by_sorting, comparable
 
-_STREAMED = 4096  # keys that few queries score at a time
+_BLOCK_BYTES = 64 << 20  # of the scores of a block of queries over the whole context, and of what they are compared by
+_STRETCH = 16384  # keys that few queries choose from at a time
+_FEW_WINDOW = 2048  # keys that few queries score at a time
 
 
 def select(
@@ -55,12 +57,14 @@ def select(
     method = by_bisection if selection.prefers_mask(queries, length, k) else by_sorting
 
     def block(q_BTIJ: jax.Array, head_weights_BTI: jax.Array, first_BT: jax.Array, last_BT: jax.Array) -> jax.Array:
-        scores_BTS = _scores(q_BTIJ, head_weights_BTI, rows, layer, pages_BM, first_BT, last_BT)
+        scores_BTS = _scores(q_BTIJ, head_weights_BTI, rows, layer, pages_BM, first_BT, last_BT, 0, length, WINDOW)
         visible_BTS = selection.visible(first_BT, last_BT, length)
         return method(comparable(scores_BTS, visible_BTS), visible_BTS, k)
 
-    per_query = 4 * batch * (heads * WINDOW + 4 * length)
-    return map_query_blocks(block, per_query, q_BTIJ, head_weights_BTI, first_BT, last_BT)
+    per_query = (
+        16 * batch * max(4 * heads * WINDOW, length)
+    )  # a tile is a sixteenth of the block: it fits a core's cache
+    return map_query_blocks(block, per_query, q_BTIJ, head_weights_BTI, first_BT, last_BT, budget=_BLOCK_BYTES)
 
 
 def _scores(
@@ -71,18 +75,21 @@ def _scores(
     pages_BM: jax.Array | None,
     first_BT: jax.Array,
     last_BT: jax.Array,
+    begin: Any,
+    size: int,
+    window: int,
 ) -> jax.Array:
-    """Scores [B, T, S], zero in windows that no query sees."""
-    length, window = rows.capacity(pages_BM), rows.window_size(pages_BM, WINDOW)
+    """Scores of positions begin … begin + size − 1, zero in windows that no query sees."""
+    window = rows.window_size(pages_BM, min(window, size))
 
     def step(n: jax.Array, scores_BTS: jax.Array) -> jax.Array:
-        start = window_start(n, window, length)
-        keys_BSJ = rows.window(layer, pages_BM, start, window)
+        start = window_start(n, window, size)
+        keys_BSJ = rows.window(layer, pages_BM, begin + start, window)
         return lax.dynamic_update_slice_in_dim(scores_BTS, index_scores(q_BTIJ, head_weights_BTI, keys_BSJ), start, 2)
 
-    begin = jnp.clip(jnp.min(first_BT), 0, length) // window
-    end = jnp.minimum(jnp.max(last_BT), length - 1) // window + 1
-    return lax.fori_loop(begin, end, step, jnp.zeros((*first_BT.shape, length), jnp.float32))
+    lowest = jnp.clip(jnp.min(first_BT) - begin, 0, size) // window
+    highest = jnp.minimum(jnp.max(last_BT) - begin, size - 1) // window + 1
+    return lax.fori_loop(lowest, highest, step, jnp.zeros((*first_BT.shape, size), jnp.float32))
 
 
 def _streamed(
@@ -95,18 +102,19 @@ def _streamed(
     last_BT: jax.Array,
     k: int,
 ) -> jax.Array:
-    """The best so far, window by window; those kept stand before a window's own, so ties go to the lower position."""
-    length, window = rows.capacity(pages_BM), rows.window_size(pages_BM, _STREAMED)
+    """The best so far, stretch by stretch; those kept stand before a stretch's own, so ties go to the lower position."""
+    length, size = rows.capacity(pages_BM), rows.window_size(pages_BM, _STRETCH)
 
     def scored(n: Any) -> tuple[jax.Array, jax.Array]:
-        start = window_start(n, window, length)
-        position_S = start + jnp.arange(window, dtype=jnp.int32)
-        visible_BTS = (position_S >= jnp.maximum(first_BT, n * window)[..., None]) & (position_S <= last_BT[..., None])
-        keys_BSJ = rows.window(layer, pages_BM, start, window)
-        scores_BTS = comparable(index_scores(q_BTIJ, head_weights_BTI, keys_BSJ), visible_BTS)
-        return scores_BTS, jnp.where(visible_BTS, position_S, -1)
+        begin = window_start(n, size, length)
+        position_S = begin + jnp.arange(size, dtype=jnp.int32)
+        visible_BTS = (position_S >= jnp.maximum(first_BT, n * size)[..., None]) & (position_S <= last_BT[..., None])
+        scores_BTS = _scores(
+            q_BTIJ, head_weights_BTI, rows, layer, pages_BM, first_BT, last_BT, begin, size, _FEW_WINDOW
+        )
+        return comparable(scores_BTS, visible_BTS), jnp.where(visible_BTS, position_S, -1)
 
-    if window == length:
+    if size == length:
         scores_BTS, position_BTS = scored(jnp.int32(0))
         return by_sorting(scores_BTS, position_BTS >= 0, k)
 
@@ -115,16 +123,19 @@ def _streamed(
         score_BTK, chosen_BTK = lax.top_k(scores, k)
         return score_BTK, jnp.take_along_axis(positions, chosen_BTK, axis=-1)
 
-    windows = jnp.clip(jnp.max(last_BT) // window + 1, 0, -(-length // window))
+    stretches = jnp.clip(jnp.max(last_BT) // size + 1, 0, -(-length // size))
     empty = (*first_BT.shape, k)
     nothing = (jnp.full(empty, -jnp.inf, jnp.float32), jnp.full(empty, -1, jnp.int32))
-    return ascending(lax.fori_loop(0, windows, step, nothing)[1])
+    return ascending(lax.fori_loop(0, stretches, step, nothing)[1])
 
 
 def index_scores(
     q_BTIJ: Float[Array, "B T I J"], head_weights_BTI: Float[Array, "B T I"], keys_BSJ: Float[Array, "B S J"]
 ) -> Float[Array, "B T S"]:
     """Sum over index heads of weight · relu(q · k · J^-0.5), float32; visibility is not applied."""
+    scale = q_BTIJ.shape[-1] ** -0.5
+    if q_BTIJ.shape[1] <= selection.FEW_QUERIES:  # the keys first: XLA on the CPU transposes the second operand
+        dots_BSTI = einsum("BSJ,BTIJ->BSTI", keys_BSJ, q_BTIJ, out=jnp.float32)
+        return einsum("BSTI,BTI->BTS", jax.nn.relu(dots_BSTI * scale), head_weights_BTI, out=jnp.float32)
     dots_BTIS = einsum("BTIJ,BSJ->BTIS", q_BTIJ, keys_BSJ, out=jnp.float32)
-    active_BTIS = jax.nn.relu(dots_BTIS * q_BTIJ.shape[-1] ** -0.5)
-    return jnp.sum(active_BTIS * head_weights_BTI[..., None], axis=2)  # fused; as a product it would be many small ones
+    return einsum("BTIS,BTI->BTS", jax.nn.relu(dots_BTIS * scale), head_weights_BTI, out=jnp.float32)

@@ -44,7 +44,9 @@ def sparse_attention(
     def gathered(q_BTNC: jax.Array, position_BTK: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows_BTKC = rows.gather(layer, pages_BM, jnp.maximum(position_BTK, 0))
         rows_BTKC = jnp.where(position_BTK[..., None] >= 0, rows_BTKC, 0)
-        scores_BTNK = einsum("BTNC,BTKC->BTNK", q_BTNC, rows_BTKC, out=jnp.float32) * scale
+        # The rows first, since XLA on the CPU transposes the second operand: the queries are fewer.
+        scores_BTKN = einsum("BTKC,BTNC->BTKN", rows_BTKC, q_BTNC, out=jnp.float32) * scale
+        scores_BTNK = jnp.swapaxes(scores_BTKN, 2, 3)
         weights_BTNK, lse_BTN = _softmax(scores_BTNK, position_BTK >= 0)
         weighted = einsum("BTNK,BTKR->BTNR", weights_BTNK.astype(rows_BTKC.dtype), rows_BTKC[..., :value_width])
         return weighted.astype(q_BTNC.dtype), lse_BTN

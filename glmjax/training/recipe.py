@@ -60,7 +60,7 @@ class Recipe:
         Stage(500, 4, 1024, "sparse"),
         Stage(150, 2, 2048, "sparse"),
     )
-    learning_rate: float = 5e-3
+    learning_rate: float = 2.5e-3
     warmup_steps: int = 50
     decay_share: float = 0.4
     weight_decay: float = 0.1
@@ -88,10 +88,10 @@ class Recipe:
             step -= stage.steps
         return self.stages[-1]
 
-    def optimizer(self, model: Transformer) -> optax.GradientTransformation:
+    def optimizer(self) -> optax.GradientTransformation:
         """Of the whole run; the routers' biases are left to `balance`."""
         rate = schedule(self.learning_rate, self.steps, self.warmup_steps, self.decay_share)
-        return optimizer(model, rate, weight_decay=self.weight_decay, clip=self.clip)
+        return optimizer(rate, weight_decay=self.weight_decay, clip=self.clip)
 
 
 @jax.tree_util.register_dataclass
@@ -112,7 +112,7 @@ class TrainState:
 
 def start(model: Transformer, recipe: Recipe) -> TrainState:
     """The state before the first step."""
-    return TrainState(model, recipe.optimizer(model).init(_weights(model)), jnp.int32(0))
+    return TrainState(model, recipe.optimizer().init(_weights(model)), jnp.int32(0))
 
 
 def train_step(state: TrainState, batch: Batch, recipe: Recipe, stage: Stage) -> tuple[TrainState, Losses, jax.Array]:
@@ -133,7 +133,7 @@ def train_step(state: TrainState, batch: Batch, recipe: Recipe, stage: Stage) ->
 
     weights = _weights(state.model)
     gradients, out = jax.grad(objective, has_aux=True)(weights)
-    updates, moments = recipe.optimizer(state.model).update(gradients, state.optimizer, weights)
+    updates, moments = recipe.optimizer().update(gradients, state.optimizer, weights)
     model = _with(state.model, optax.apply_updates(weights, updates))
     return TrainState(balance(model, out.load_LE, recipe), moments, state.step + 1), out, optax.tree.norm(gradients)
 

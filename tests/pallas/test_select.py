@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import glmjax.pallas.select as selecting
-from glmjax.pallas import blocks, selection
+from glmjax.pallas import selection
 from glmjax.pallas.rows import Rows
 from glmjax.pallas.select import index_scores, select
 
@@ -56,7 +56,7 @@ def run(block_bytes, rows, layer, pages, k, way="mask"):
     """The selection as positions, made in one of the three ways."""
     q, weights, _, first, last = (jnp.asarray(x) for x in case())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK_BYTES", block_bytes)
+        patch.setattr(selecting, "_BLOCK_BYTES", block_bytes)
         patch.setattr(selecting, "WINDOW", 8)
         patch.setattr(selection, "FEW_QUERIES", T if way == "few" else 0)
         patch.setattr(selection, "MASK_RATIO", S if way == "mask" else 0)
@@ -140,7 +140,7 @@ def test_scores_of_bfloat16_queries_and_keys_are_summed_in_float32():
 @pytest.mark.parametrize("queries", [1, 2, 4])
 @pytest.mark.parametrize("way", ["mask", "positions"])
 def test_blocks_of_queries_select_what_one_block_does(queries, way):
-    per_query = 4 * B * (I * 8 + 4 * S)
+    per_query = 16 * B * max(4 * I * 8, S)
     for bytes_per_block in (queries * per_query, (2 * queries - 1) * per_query):
         got = run(bytes_per_block, contiguous(), 1, None, 5, way)
         np.testing.assert_array_equal(got, expected(1, 5))
@@ -157,7 +157,7 @@ def test_shuffled_pages_select_what_contiguous_rows_do(way):
 @pytest.mark.parametrize("k", [1, 5, 23])
 def test_few_queries_pass_over_windows_of_keys_and_select_the_same(window, k, monkeypatch):
     """Windows that divide the capacity or not, below and above k, contiguous and of whole shuffled pages."""
-    monkeypatch.setattr(selecting, "_STREAMED", window)
+    monkeypatch.setattr(selecting, "_STRETCH", window)
     q, weights, _, first, last = (jnp.asarray(x) for x in case())
     for rows, table in ((contiguous(), None), paged()):
         found = jax.jit(lambda rows, table: select(q, weights, rows, 1, table, first, last, k))(rows, table)
@@ -166,7 +166,7 @@ def test_few_queries_pass_over_windows_of_keys_and_select_the_same(window, k, mo
 
 @pytest.mark.parametrize("few", [T, 0])
 def test_windows_beyond_the_last_visible_position_are_not_read(few, monkeypatch):
-    monkeypatch.setattr(selecting, "_STREAMED", 4)
+    monkeypatch.setattr(selecting, "_STRETCH", 4)
     monkeypatch.setattr(selecting, "WINDOW", 4)
     monkeypatch.setattr(selection, "FEW_QUERIES", few)
     q, weights, keys, first, _ = case()
@@ -212,11 +212,11 @@ def test_the_layer_may_be_an_int_or_the_counter_of_a_scan():
 
 
 def test_scores_of_a_long_context_exist_for_a_block_of_queries_only():
-    queries, length, limit = 256, 2048, 1 << 20
+    queries, length, limit = 256, 4096, 1 << 21
 
     def memory(block_bytes):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(blocks, "BLOCK_BYTES", block_bytes)
+            patch.setattr(selecting, "_BLOCK_BYTES", block_bytes)
             shapes = ((1, queries, I, J), (1, queries, I), (1, 1, length, J))
             q, weights, keys = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
             bound = jax.ShapeDtypeStruct((1, queries), jnp.int32)

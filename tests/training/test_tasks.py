@@ -81,7 +81,7 @@ def test_only_answers_are_asked_for_and_they_were_planted(seed):
         if line.startswith("assert ") and line.endswith('"'):
             name, value = line.removeprefix("assert ").split(" == ")
             assert f"{name} = {value}" in planted
-            assert f"{value.strip('"')}\"\n" in answer
+            assert f'{value.strip('"')}"\n' in answer
     for line in planted:
         assert line not in answer
 
