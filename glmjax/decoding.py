@@ -160,7 +160,7 @@ class Generation:
         rows = min(_power_of_two(length + self._new_tokens, _SMALLEST_CACHE), model.config.max_position_embeddings)
         cache = empty(model, rows, self._cache_dtype)
         state = SamplingState.from_params([params], [self.prompt_ids], vocab)
-        if self._tokenizer:  # rows of the head beyond the vocabulary are padding: see `_draw`
+        if self._tokenizer:  # rows of the head beyond the vocabulary are padding
             beyond = jnp.arange(vocab) >= self._tokenizer.vocab_size
             state = dataclasses.replace(state, bias_BV=jnp.where(beyond, -jnp.inf, state.bias_BV))
 
@@ -281,8 +281,7 @@ def _draw(
     model: Transformer, hidden_BD: jax.Array, state: SamplingState, position_B: jax.Array, n: int | None
 ) -> tuple[jax.Array, Logprobs | None, SamplingState]:
     logits_BV = model.head(hidden_BD[:, None])[:, 0]
-    # A bias is finite but for tokens that must never come; added to a logit it would not survive every temperature.
-    token_B = sample(jnp.where(state.bias_BV == -jnp.inf, -jnp.inf, logits_BV), state, position_B)
+    token_B = sample(logits_BV, state, position_B)
     scores = None if n is None else logprobs(logits_BV, token_B, n)
     return token_B, scores, observe(state, token_B, jnp.ones(token_B.shape, bool))
 

@@ -26,7 +26,7 @@ _INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Complete a prompt; the text streams to standard output, a line of statistics ends it on standard error.
+    """Complete a prompt or fill a blank; the text streams to standard output, a line of statistics ends it on standard error.
 
     Attributes:
         prompt: text to complete, or with --chat the user's message; if absent, standard input without its last newline.
@@ -36,6 +36,7 @@ class Arguments:
         dtype: of weights and activations; default float32 on CPU, bfloat16 elsewhere.
         kv_cache_dtype: of cached rows; default that of the model.
         fp8: keep an FP8 checkpoint's matrices as FP8, or dequantise them while loading.
+        infill: instead of a prompt, the texts before and after a blank, which the model fills.
         chat: apply the checkpoint's chat template to the prompt.
         system: system message, with --chat.
         max_new_tokens: most tokens to generate.
@@ -58,6 +59,7 @@ class Arguments:
     dtype: Literal["float32", "bfloat16"] | None = None
     kv_cache_dtype: Literal["float32", "bfloat16"] | None = None
     fp8: Fp8 = "keep"
+    infill: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="PREFIX SUFFIX")] = None
     chat: bool = False
     system: str | None = None
     max_new_tokens: int = 256
@@ -90,23 +92,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = tyro.cli(Arguments, prog="python -m glmjax.generate", args=argv)
     try:
-        text = _read_prompt() if arguments.prompt is None else arguments.prompt
-        generation = _begin(arguments, text)
+        before, after = _texts(arguments)
+        generation = _begin(arguments, before, after)
     except (ValueError, OSError) as error:
         print(f"glmjax.generate: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return _INTERRUPTED
     if not arguments.chat:
-        print(text, end="", flush=True)
+        print(before, end="", flush=True)
     try:
         for token in generation:
             print(token.text, end="", flush=True)
     except KeyboardInterrupt:
         generation.finish_reason = "interrupted"
-    print(flush=True)
+    print(after or "", flush=True)
     print(_summary(generation, sampled=arguments.temperature > 0), file=sys.stderr)
     return _INTERRUPTED if generation.finish_reason == "interrupted" else 0
+
+
+def _texts(arguments: Arguments) -> tuple[str, str | None]:
+    """The prompt, and the text behind the blank where there is one."""
+    if arguments.infill is None:
+        return _read_prompt() if arguments.prompt is None else arguments.prompt, None
+    if arguments.prompt is not None or arguments.chat:
+        raise ValueError("--infill takes the place of a prompt and of --chat; give one of them")
+    return arguments.infill
 
 
 def _read_prompt() -> str:
@@ -115,7 +126,7 @@ def _read_prompt() -> str:
     return sys.stdin.read().removesuffix("\n")
 
 
-def _begin(arguments: Arguments, text: str) -> Generation:
+def _begin(arguments: Arguments, text: str, suffix: str | None) -> Generation:
     """Refuses what it can before the weights are loaded, which may take long."""
     if arguments.system is not None and not arguments.chat:
         raise ValueError("--system is a message of a chat; give --chat too")
@@ -129,6 +140,8 @@ def _begin(arguments: Arguments, text: str) -> Generation:
         kv_cache_dtype=arguments.kv_cache_dtype,
         tokenizer_path=arguments.tokenizer_path,
     )
+    if suffix is not None:
+        return glm.infill(text, suffix, params)
     if not arguments.chat:
         return glm.generate(text, params)
     system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]

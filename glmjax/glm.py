@@ -20,6 +20,7 @@ from glmjax.model.assemble import Placement, on_one_device
 from glmjax.model.cache import previous_hidden, whole_sequences
 from glmjax.model.chat import ChatTemplate
 from glmjax.model.config import GlmConfig
+from glmjax.model.infill import BlankTokens
 from glmjax.model.sampling_params import SamplingParams
 from glmjax.model.stops import Stops
 from glmjax.model.tokenizer import Tokenizer
@@ -181,6 +182,26 @@ class GLM:
         stops = self.stops.extended(params.stop_token_ids, params.stop, params.ignore_eos)
         new_tokens = params.max_new_tokens or room
         return Generation(self.weights, ids, params, stops, self.tokenizer, new_tokens, self.kv_cache_dtype)
+
+    def infill(self, prefix: str, suffix: str = "", params: SamplingParams | None = None, **fields: Any) -> Generation:
+        """Stream what belongs between two texts, for models that were trained on blanks (GLM's `[MASK]`).
+
+        Args:
+            prefix: text before the blank; may be empty.
+            suffix: text after it; without it the blank is at the end, and the model says where the text is over.
+            params: as for `generate`.
+            fields: as for `generate`.
+
+        Raises:
+            ValueError: no tokenizer, one without the tokens for blanks, or as for `generate`.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this model was loaded without a tokenizer; give tokenizer_path to load")
+        blanks = BlankTokens.of(self.tokenizer)
+        ids = blanks.prompt(self.tokenizer.encode(prefix), self.tokenizer.encode(suffix))
+        params = dataclasses.replace(params or SamplingParams(), **fields)
+        stops = (*params.stop_token_ids, blanks.eop)
+        return self.generate(ids, dataclasses.replace(params, stop_token_ids=stops))
 
     def encode(self, prompt: Prompt, **template: Any) -> list[int]:
         """Token ids of a prompt as `generate` takes it.

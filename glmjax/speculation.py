@@ -102,7 +102,7 @@ def begin(
         position_B: of the first token to come, the prompt's length; −1 for an idle slot.
         sampling: of sequences that have emitted nothing yet.
     """
-    token_B = _draw(model.head(tail_BD[:, None].astype(model.dtype))[:, 0], sampling, position_B)
+    token_B = sample(model.head(tail_BD[:, None].astype(model.dtype))[:, 0], sampling, position_B)
     active_B = position_B >= 0
     token_B = jnp.where(active_B, token_B, 0)
     return DecodeState(cache, tail_BD, token_B, position_B.astype(jnp.int32), observe(sampling, token_B, active_B))
@@ -157,7 +157,7 @@ def _draft(model: Transformer, state: DecodeState, num_draft: int) -> tuple[jax.
         cache, hidden_BTD = out.cache, out.hidden_BTD
         if model.config.index_share_for_mtp_iteration:
             selected = out.selected
-        token_B = _draw(model.head(hidden_BTD)[:, 0], sampling, state.position_B + n + 1)
+        token_B = sample(model.head(hidden_BTD)[:, 0], sampling, state.position_B + n + 1)
         sampling = observe(sampling, token_B, state.position_B >= 0)  # penalties count the drafts before
         chain.append(token_B)
     return jnp.stack(chain, axis=1), cache
@@ -172,7 +172,7 @@ def _accept(
 
     def draw(carry: tuple[SamplingState, jax.Array], t: jax.Array) -> tuple[tuple[SamplingState, jax.Array], jax.Array]:
         sampling, emits_B = carry
-        token_B = _draw(logits_BTV[:, t], sampling, state.position_B + t + 1)
+        token_B = sample(logits_BTV[:, t], sampling, state.position_B + t + 1)
         sampling = observe(sampling, token_B, emits_B)
         return (sampling, emits_B & (token_B == draft_BT[:, t])), jnp.where(emits_B, token_B, -1)
 
@@ -187,11 +187,6 @@ def _with_mtp_rows(
     if model.mtp is None:
         return cache
     return model.draft(ids_BT, previous_hidden(hidden_BTD, tail_BD), cache, step).cache
-
-
-def _draw(logits_BV: jax.Array, sampling: SamplingState, position_B: jax.Array) -> jax.Array:
-    """As `glmjax.decoding` draws: a bias of −inf, of rows of the head that are padding, bars a token for certain."""
-    return sample(jnp.where(sampling.bias_BV == -jnp.inf, -jnp.inf, logits_BV), sampling, position_B)
 
 
 def _positions(position_B: jax.Array, length: int, begin: int = 0) -> jax.Array:

@@ -98,6 +98,15 @@ def test_chat_applies_the_template_and_shows_the_answer_only(run, model):
     assert err.startswith("[13 prompt tokens")
 
 
+def test_a_filled_blank_is_shown_within_its_text(capfd):
+    """By the model in the box: the one here knows no blanks."""
+    arguments = ["--temperature", "0", "--max-new-tokens", "4", "--random-seed", "1"]
+    assert main(["--infill", "def f(x):\n", "    return y\n", *arguments]) == 0
+    out = capfd.readouterr().out
+    assert out.startswith("def f(x):\n")
+    assert out.endswith("    return y\n\n")
+
+
 def test_the_prompt_may_come_from_standard_input(run, monkeypatch, tmp_path):
     (tmp_path / "prompt").write_text("def f(\n")  # as echo and editors end it
     with open(tmp_path / "prompt", encoding="utf-8") as file:
@@ -127,6 +136,8 @@ def test_ctrl_c_ends_the_text_with_statistics(run, monkeypatch):
     [
         (["abc", "--model-path", "/nowhere"], "no config.json at /nowhere"),
         (["abc", "--temperature", "-1"], "temperature -1.0 is outside"),
+        (["abc", "--infill", "a", "b"], "--infill takes the place of a prompt"),
+        (["--infill", "a", "b"], "the vocabulary has no [MASK], [gMASK], <sop>, <eop>"),
         (["abc", "--max-new-tokens", "0"], "max_new_tokens 0 is outside"),
         (["abc", "--max-new-tokens", "62"], "3 prompt tokens and 62 new ones exceed the model's context of 64"),
         ([""], "the prompt has no tokens"),

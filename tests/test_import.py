@@ -12,7 +12,15 @@ import glmjax
 
 PACKAGE = Path(glmjax.__file__).parent
 LAYERS = ("pallas", "model", "mesh", "serving")  # each may import itself and those before it
-ABOVE_MODEL = ("decoding", "glm", "training", "mesh", "serving")  # libraries; every other module is an entry point
+ABOVE_MODEL = (
+    "decoding",
+    "speculation",
+    "glm",
+    "training",
+    "evaluation",
+    "mesh",
+    "serving",
+)  # libraries; every other module is an entry point
 
 
 def run(code: str) -> str:
@@ -102,6 +110,20 @@ def test_libraries_do_not_import_entry_points(module):
 
 def test_decoding_knows_no_handle_and_no_training():
     assert {first for *_, first in own("decoding")} <= {"pallas", "model"}
+
+
+def test_speculation_knows_the_network_only():
+    assert {first for *_, first in own("speculation")} <= {"pallas", "model"}
+
+
+def test_evaluation_is_imported_by_its_entry_point_only():
+    by = {module for module, name in IMPORTS if f"{name}.".startswith("glmjax.evaluation.")}
+    assert {module for module in by if not module.startswith("glmjax.evaluation.")} == {"glmjax.eval"}
+
+
+def test_measuring_a_checkpoint_needs_no_data_pipeline():
+    heavy = run("import sys, glmjax.eval; print('grain' in sys.modules)")
+    assert heavy.split() == ["False"]
 
 
 def test_nothing_imports_the_inside_of_jax():

@@ -92,10 +92,11 @@ def gumbel_noise(seed_B: UInt32[Array, "B"], position_B: Int[Array, "B"], vocab:
 def sample(logits_BV: Float[Array, "B V"], state: SamplingState, position_B: Int[Array, "B"]) -> Int32[Array, "B"]:
     """Draw one token per slot: argmax of the processed logits plus Gumbel noise, an exact sample of their softmax.
 
-    Greedy slots get no noise. Of equals, the lowest id wins; a row of -inf alone gives token 0.
-    `position_B` is as for `gumbel_noise`.
+    Greedy slots get no noise. Of equals, the lowest id wins; a row of -inf alone gives token 0. A bias of -inf bars a
+    token at every temperature. `position_B` is as for `gumbel_noise`.
     """
-    processed_BV = process(logits_BV, state)
+    barred_BV = state.bias_BV == -jnp.inf  # added to a logit, it would be bounded as every other bias is
+    processed_BV = process(jnp.where(barred_BV, -jnp.inf, logits_BV), state)
     greedy_B = state.temperature_B == 0
 
     def noisy() -> jax.Array:

@@ -10,8 +10,7 @@ iterator is the number of the next batch.
 """
 
 import functools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -159,68 +158,3 @@ def training_batches(
     rows = grain.MapDataset.source(PackedRows(tokens, seq_len=seq_len, seed=seed, rewrite=rewrite))
     inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return rows.batch(batch_size, drop_remainder=True).to_iter_dataset(inline)
-
-
-def heldout_rows(tokens: Tokens, *, batch_size: int, seq_len: int, context: int = 1) -> Iterator[dict[str, np.ndarray]]:
-    """Batches in which every token of every document is scored exactly once.
-
-    A document is read as it comes in training, behind an end token from which its first token is predicted. Where it
-    is longer than a row, the next row repeats the last `context` tokens before it goes on, so each token but the first
-    ones of the document is predicted from at least that many. The end token behind the document is not scored: it is
-    none of its bytes.
-
-    Args:
-      tokens: the documents, from `tokenize`.
-      batch_size: rows in a batch; the last batch is filled up with rows in which nothing is scored.
-      seq_len: predictions in a row.
-      context: tokens before the first scored one in a continued row, from 1 (fastest) to `seq_len`; half of `seq_len`
-        takes twice the time and tells more of what the model can do.
-
-    Yields:
-      dict(ids_BT, start_BT, scored_BT, document_B): tokens and document starts, int32 [batch_size, seq_len + 1], as in
-      `training_batches`; whether a token is to be scored as a target (bool, never in column 0, so `scored_BT[:, 1:]`
-      goes with predictions from `ids_BT[:, :-1]`); and the document of each row (int32, −1 for a row that fills up).
-
-    Raises:
-      ValueError: `context` is outside its range.
-    """
-    if not 1 <= context <= seq_len:
-        raise ValueError(f"context is {context}; it must be from 1 to seq_len = {seq_len}")
-    filler = _heldout_row(tokens, -1, 0, 0, seq_len + 1)
-    batch = []
-    for document in range(len(tokens)):
-        length = len(tokens[document])  # of the text with an end token before it and none behind
-        scored = 1
-        while scored < length:
-            begin = 0 if scored == 1 else scored - context
-            batch.append(_heldout_row(tokens, document, begin, scored, seq_len + 1))
-            scored = begin + seq_len + 1
-            if len(batch) == batch_size:
-                yield _stack(batch)
-                batch = []
-    if batch:
-        yield _stack(batch + [filler] * (batch_size - len(batch)))
-
-
-def bits_per_byte(nll: float, documents: Sequence[Document]) -> float:
-    """Bits that a model needs for a byte of the documents, from the sum of −log p (nats) over their scored tokens."""
-    return nll / (math.log(2) * sum(document.num_bytes for document in documents))
-
-
-def _heldout_row(tokens: Tokens, document: int, begin: int, scored: int, width: int) -> dict[str, np.ndarray]:
-    """Tokens `begin` to `begin + width` of a document with an end token before it, scored from `scored` on."""
-    ids = np.full(width, tokens.end_id, np.int32)
-    starts = np.arange(width, dtype=np.int32)  # what fills up the row sees itself only
-    flags = np.zeros(width, bool)
-    if document >= 0:
-        text = tokens[document][:-1]
-        piece = text[max(begin - 1, 0) :][: width - (begin == 0)]
-        at = int(begin == 0)  # the first row has the end token in column 0
-        ids[at : at + len(piece)] = piece
-        starts[at : at + len(piece)] = at
-        flags[scored - begin : at + len(piece)] = True
-    return {"ids_BT": ids, "start_BT": starts, "scored_BT": flags, "document_B": np.int32(document)}
-
-
-def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
