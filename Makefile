@@ -25,7 +25,7 @@ hf-compare: $(VENV)/ready  ## Beside Hugging Face transformers, for which Python
 	$(BIN)/python -m benchmarks.compare_hf
 
 compile-check: $(VENV)/ready .aot/ready  ## Compile kernels and model for an H200; no GPU needed.
-	JAX_PLATFORMS=cpu PYTHONPATH=$(CURDIR)/.aot $(BIN)/python -m glmjax.pallas.aot
+	LLVM_DISABLE_SYMBOLIZATION=1 JAX_PLATFORMS=cpu PYTHONPATH=$(CURDIR)/.aot $(BIN)/python -m glmjax.pallas.aot
 
 gpu:  ## Correctness and speed on an NVIDIA GPU in three minutes, into one JSON file; see gpu-wheels.
 	$(MAKE) $(if $(GPU_PYTHON),.gpu/ready,$(VENV)/gpu)
