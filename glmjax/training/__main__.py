@@ -12,6 +12,7 @@ from glmjax.model.config import GlmConfig
 from glmjax.model.tokenizer import Tokenizer
 from glmjax.training import corpus
 from glmjax.training.data import tokenize
+from glmjax.training.probe import Probe
 from glmjax.training.recipe import Recipe
 from glmjax.training.run import Run
 from glmjax.training.tasks import Tasks
@@ -44,7 +45,8 @@ def main(arguments: Arguments) -> None:
     tokens = tokenize(corpus.load().training, tokenizer.raw)
     config = GlmConfig.from_dir(arguments.config)
     tasks = Tasks(tokenizer, infill_share=recipe.infill_share, recall_share=recipe.recall_share)
-    run = Run(arguments.run, config, recipe, tokens, rewrite=tasks, keep_every=arguments.keep_every)
+    probe = Probe(tokenizer)
+    run = Run(arguments.run, config, recipe, tokens, rewrite=tasks, probe=probe, keep_every=arguments.keep_every)
     print(f"{len(tokens.ids):,} tokens of {len(tokens):,} documents; at step {run.step} of {recipe.steps}")
     run.train(arguments.until)
     print(f"at step {run.step} of {recipe.steps}; log in {arguments.run / 'log.jsonl'}")

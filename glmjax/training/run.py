@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ class Run:
         recipe: how; a folder's recipe must not change between sessions.
         tokens: the corpus.
         rewrite: what some rows are turned into; see `glmjax.training.tasks`.
+        probe: measures the model now and then; what it returns goes into the log.
         keep_every: steps between checkpoints.
+        probe_every: steps between measurements.
         log_every: steps between lines of the log.
     """
 
@@ -43,10 +45,13 @@ class Run:
         tokens: Tokens,
         *,
         rewrite: Rewrite = as_it_is,
+        probe: Callable[[Transformer], dict[str, float]] | None = None,
         keep_every: int = 50,
+        probe_every: int = 100,
         log_every: int = 10,
     ):
         self.folder, self.recipe, self.tokens, self.rewrite = folder, recipe, tokens, rewrite
+        self.probe, self.probe_every = probe, probe_every
         self.keep_every, self.log_every = keep_every, log_every
         folder.mkdir(parents=True, exist_ok=True)
         self._settle_recipe(config)
@@ -139,6 +144,8 @@ class Run:
             "idlest_expert": round(float(load_LE.min()) * load_LE.shape[1], 3),
             "tokens_per_second": round(tokens_per_second, 1),
         }
+        if self.probe and (step % self.probe_every == 0 or step == self.recipe.steps):
+            line |= self.probe(self.state.model)
         with (self.folder / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
 

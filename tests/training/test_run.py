@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from glmjax.model import checkpoint
+from glmjax.training import plot
 from glmjax.training.export import cast
 from glmjax.training.recipe import Recipe, Stage, balance
 from glmjax.training.run import Run
@@ -26,8 +27,12 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def seen(model):
+    return {"embedding": float(jnp.abs(model.embed_VD.array).mean())}
+
+
 def run(folder, config, tokens, recipe=RECIPE):
-    return Run(folder, config, recipe, tokens, keep_every=3, log_every=1)
+    return Run(folder, config, recipe, tokens, probe=seen, keep_every=3, probe_every=4, log_every=1)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,21 @@ def test_interrupted_anywhere_it_goes_on_with_the_same_batches_and_losses(
         }
     for a, b in zip(jax.tree.leaves(whole.state), jax.tree.leaves(Run.resume(tmp_path, tiny_config)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_probe_measures_the_model_now_and_then_and_at_the_end(whole, folder):
+    probed = {line["step"]: line["embedding"] for line in log(folder) if "embedding" in line}
+    assert list(probed) == [4, 8, 10]
+    assert probed[10] == seen(whole.state.model)["embedding"]
+
+
+def test_the_log_can_be_drawn(whole, folder, tmp_path):
+    lines = [line | {"held_out_bits_per_byte": 2.0} for line in log(folder)]
+    plot.draw(lines, tmp_path / "curves.svg")
+    drawn = (tmp_path / "curves.svg").read_text()
+    assert drawn.startswith("<?xml")
+    plot.draw(lines, tmp_path / "again.svg")
+    assert len((tmp_path / "again.svg").read_text()) == len(drawn)
 
 
 def test_a_folder_keeps_its_recipe(whole, folder, tiny_config, counting_tokens):
