@@ -167,6 +167,7 @@ def main(arguments: Arguments) -> int:
     if arguments.json is not None:
         asked = {name: value for name, value in dataclasses.asdict(arguments).items() if name not in ("json", "python")}
         found = document(contexts, limits, greeting, asked)
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return int(not all(divergence.tie for context in contexts for divergence in context.divergences))
 

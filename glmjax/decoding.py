@@ -24,7 +24,7 @@ _SMALLEST_CHUNK, _LARGEST_CHUNK = 16, 512
 _SMALLEST_CACHE = 256
 _FEWEST_STOPS = 16  # stop tokens that a program is compiled for
 _MOST_STEPS = 32  # of one dispatch
-_DISPATCH_SECONDS = 0.05  # that a dispatch should take, since its tokens are shown together
+_DISPATCH_SECONDS = 0.1  # that a dispatch should take, since its tokens are shown together
 
 
 @dataclasses.dataclass(frozen=True)
