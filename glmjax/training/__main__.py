@@ -8,11 +8,11 @@ from pathlib import Path
 
 import tyro
 
+from glmjax.evaluation.probe import Probe
 from glmjax.model.config import GlmConfig
 from glmjax.model.tokenizer import Tokenizer
 from glmjax.training import corpus
 from glmjax.training.data import tokenize
-from glmjax.training.probe import Probe
 from glmjax.training.recipe import Recipe
 from glmjax.training.run import Run
 from glmjax.training.tasks import Tasks
