@@ -295,4 +295,4 @@ def _token(token: int, text: str, finish_reason: str | None, scores: Logprobs | 
 
 
 def _power_of_two(n: int, least: int) -> int:
-    return max(least, 1 << (n - 1).bit_length()) if n else least
+    return max(least, 1 << (n - 1).bit_length())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class Evaluation(abc.ABC):
     """What every subcommand takes.
 
     Attributes:
@@ -37,6 +38,7 @@ class Evaluation:
     load_format: LoadFormat = "auto"
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
 
+    @abc.abstractmethod
     def run(self) -> Report:
         """Measure.
 
@@ -44,7 +46,6 @@ class Evaluation:
             ValueError: it cannot be measured as asked for; says what to change.
             OSError: a file cannot be read.
         """
-        raise NotImplementedError
 
     def glm(self, dtype: Dtype | None, fp8: Fp8 = "keep") -> GLM:
         """The checkpoint with its tokenizer."""

@@ -19,6 +19,7 @@ from glmjax.model.cache import whole_sequences
 from glmjax.model.checkpoint import Fp8
 from glmjax.model.transformer import Transformer, densely
 from glmjax.training import corpus
+from glmjax.training.losses import cross_entropy
 
 Attention = Literal["sparse", "dense"]
 
@@ -103,9 +104,7 @@ def total_nll(model: Transformer, rows: Sequence[ScoredRows]) -> float:
 def _nll(model: Transformer, ids_BT: jax.Array, start_BT: jax.Array, scored_BT: jax.Array) -> jax.Array:
     inputs_BT, target_BT = ids_BT[:, :-1], ids_BT[:, 1:]
     cache, step = whole_sequences(model.config, inputs_BT, model.dtype, start_BT[:, :-1])
-    logits_BTV = model.head(model.backbone(inputs_BT, cache, step).hidden_BTD)
-    picked_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
-    nll_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
+    nll_BT = cross_entropy(model.head(model.backbone(inputs_BT, cache, step).hidden_BTD), target_BT)
     return jnp.sum(jnp.where(scored_BT[:, 1:], nll_BT, 0.0))
 
 

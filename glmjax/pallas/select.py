@@ -61,9 +61,8 @@ def select(
         visible_BTS = selection.visible(first_BT, last_BT, length)
         return method(comparable(scores_BTS, visible_BTS), visible_BTS, k)
 
-    per_query = (
-        16 * batch * max(4 * heads * WINDOW, length)
-    )  # a tile is a sixteenth of the block: it fits a core's cache
+    # A tile is a sixteenth of the block: it fits a core's cache.
+    per_query = 16 * batch * max(4 * heads * WINDOW, length)
     return map_query_blocks(block, per_query, q_BTIJ, head_weights_BTI, first_BT, last_BT, budget=_BLOCK_BYTES)
 
 

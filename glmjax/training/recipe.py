@@ -80,14 +80,6 @@ class Recipe:
         """Optimiser steps in all; the schedule's length."""
         return sum(stage.steps for stage in self.stages)
 
-    def stage_at(self, step: int) -> Stage:
-        """The stage that a step belongs to; the last one for any step behind it."""
-        for stage in self.stages:
-            if step < stage.steps:
-                return stage
-            step -= stage.steps
-        return self.stages[-1]
-
     def optimizer(self) -> optax.GradientTransformation:
         """Of the whole run; the routers' biases are left to `balance`."""
         rate = schedule(self.learning_rate, self.steps, self.warmup_steps, self.decay_share)
