@@ -42,10 +42,11 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     """Train, and say where it stands."""
     recipe, tokenizer = arguments.recipe, Tokenizer.from_dir(arguments.tokenizer)
-    tokens = tokenize(corpus.load().training, tokenizer.raw)
+    documents = corpus.load()
+    tokens = tokenize(documents.training, tokenizer.raw)
     config = GlmConfig.from_dir(arguments.config)
     tasks = Tasks(tokenizer, infill_share=recipe.infill_share, recall_share=recipe.recall_share)
-    probe = Probe(tokenizer)
+    probe = Probe(documents.held_out, tokenizer)
     run = Run(arguments.run, config, recipe, tokens, rewrite=tasks, probe=probe, keep_every=arguments.keep_every)
     print(f"{len(tokens.ids):,} tokens of {len(tokens):,} documents; at step {run.step} of {recipe.steps}")
     run.train(arguments.until)
