@@ -70,6 +70,7 @@ def test_middles_come_in_any_order():
 
 @unhurried
 @hypothesis.given(seeds)
+@hypothesis.example(3_268_334_573)  # ends between a question and its answer
 def test_only_answers_are_asked_for_and_they_were_planted(seed):
     out, scored = RECALLING.with_recall(IDS[:400], np.random.default_rng(seed))
     assert len(out) == 400
@@ -78,7 +79,7 @@ def test_only_answers_are_asked_for_and_they_were_planted(seed):
     assert 1 <= len(planted) <= 3
     answer = TOKENIZER.decode([int(i) for i, s in zip(out, scored, strict=True) if s])
     for line in text.splitlines():
-        if line.startswith("assert ") and line.endswith('"'):
+        if line.startswith("assert ") and line.count('"') == 2:  # the last may be pushed off the end, in part
             name, value = line.removeprefix("assert ").split(" == ")
             assert f"{name} = {value}" in planted
             assert f'{value.strip('"')}"\n' in answer
