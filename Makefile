@@ -19,6 +19,7 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready  ## Speed and memory on this machine.
 	$(BIN)/python -m benchmarks.generate
+	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.load_memory --formats bf16 fp8 orbax
 
 hf-compare: $(VENV)/ready  ## Beside Hugging Face transformers, for which Python 3.11 is needed too.

@@ -28,12 +28,12 @@ from benchmarks.compare_hf_client import Run, Worker, WorkerError, environment
 from benchmarks.compare_hf_report import Context, Limits, document, table
 from benchmarks.measure import (
     busy_seconds,
-    bytes_per_token,
     cpu_seconds,
     gemm_speeds,
     machine,
     prefill_flops,
     read_bandwidths,
+    weight_bytes,
 )
 from glmjax.glm import GLM
 from glmjax.model.assemble import named_weights
@@ -108,7 +108,7 @@ def run(glm: GLM, worker: Worker, arguments: Arguments) -> tuple[list[Context], 
             context.ours.append(watched(ours, prompt, running=os.getpid(), waiting=worker.pid))
             first = [f"{side[-1].first_token_seconds:.2f}" for side in (context.ours, context.theirs)]
             print(f"context {context.tokens:,}, run {repeat + 1}: prefill {' and '.join(first)} s", file=sys.stderr)
-    return contexts, Limits(max(speeds), median(bandwidths), bytes_per_token(glm))
+    return contexts, Limits(max(speeds), median(bandwidths), weight_bytes(glm.weights))
 
 
 def watched(side: Callable[[np.ndarray], Run], prompt: np.ndarray, *, running: int, waiting: int) -> Run:

@@ -26,37 +26,7 @@ SEED = 0
 WARM_UP = 64, 4
 """Tokens of the prompt that comes before all others, and new ones."""
 
-CONFIG: dict[str, Any] = {
-    "vocab_size": 2048,
-    "hidden_size": 512,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "q_lora_rank": 256,
-    "kv_lora_rank": 128,
-    "qk_nope_head_dim": 96,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 128,
-    "intermediate_size": 1024,
-    "moe_intermediate_size": 256,
-    "n_routed_experts": 16,
-    "num_experts_per_tok": 4,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "first_k_dense_replace": 1,
-    "index_topk": 512,
-    "index_n_heads": 16,
-    "index_head_dim": 64,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 16384,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+CONFIG = Path(__file__).parents[1] / "configs" / "small.json"
 """62.8 million parameters; more than 512 visible positions make the indexer select."""
 
 
@@ -73,12 +43,13 @@ class Clock(StoppingCriteria):
 
 def checkpoint(cache: Path) -> Path:
     """The checkpoint of random weights, written the first time; another configuration or version has another folder."""
-    made_of = json.dumps([CONFIG, SEED, torch.__version__, transformers.__version__])
+    made_of = json.dumps([CONFIG.read_text(), SEED, torch.__version__, transformers.__version__])
     directory = cache / f"model-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
     if not directory.exists():
         torch.manual_seed(SEED)
         with tempfile.TemporaryDirectory(dir=cache) as unfinished:
-            GlmMoeDsaForCausalLM(GlmMoeDsaConfig(**CONFIG)).float().save_pretrained(Path(unfinished) / "model")
+            model = GlmMoeDsaForCausalLM(GlmMoeDsaConfig.from_json_file(CONFIG)).float()
+            model.save_pretrained(Path(unfinished) / "model")
             (Path(unfinished) / "model").rename(directory)
     return directory
 

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 import glmjax
-from benchmarks.measure import bytes_per_token, machine, read_bandwidths
+from benchmarks.measure import machine, read_bandwidths, weight_bytes
 from glmjax.glm import GLM
 from glmjax.model.checkpoint import LoadFormat
 
@@ -65,7 +65,7 @@ def run(glm: GLM, arguments: Arguments) -> str:
         bandwidths.append(read())
         for prompt, statistics in zip(prompts, found, strict=True):
             statistics.append(once(prompt))
-    weights, bandwidth = bytes_per_token(glm), median(bandwidths)
+    weights, bandwidth = weight_bytes(glm.weights), median(bandwidths)
     lines = [
         f"{'prompt':>8}{'first token':>13}{'compiling':>11}{'prefill':>11}{'decode':>11}{'weights':>10}{'read':>10}"
         f"{'of memory':>11}",

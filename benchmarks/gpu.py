@@ -28,9 +28,8 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from benchmarks.measure import prefill_flops
-from glmjax.model.assemble import abstract, named_weights
-from glmjax.model.cache import ContiguousCache
+from benchmarks.measure import prefill_flops, row_bytes, weight_bytes
+from benchmarks.synthetic import random_cache, random_model
 from glmjax.model.compile_checks import forward, glm_5_1_slice
 from glmjax.model.config import GlmConfig
 from glmjax.model.transformer import Transformer
@@ -156,60 +155,6 @@ def ceilings(size: Size, repeats: int) -> dict[str, float]:
     }
 
 
-def random_model(config: GlmConfig) -> Transformer:
-    """The model in bf16 with normal weights, norms of one. The experts of a layer may repeat each other's numbers."""
-
-    def draw(seed: int, shape: tuple[int, ...], columns: int, dtype: Any) -> jax.Array:
-        if not columns:
-            return jnp.ones(shape, dtype)
-        fan_in = jnp.prod(jnp.asarray(shape[-columns:], jnp.float32)).astype(dtype)
-        normal = jax.random.normal(jax.random.key(seed, impl="rbg"), shape[-3:], dtype)
-        return jnp.broadcast_to(normal * fan_in**-0.5, shape)
-
-    model = abstract(config, jnp.bfloat16, mtp=False, fp8=False)
-    drawn = jax.jit(draw, static_argnums=(1, 2, 3))
-    for seed, weight in enumerate(named_weights(model).values()):
-        weight.values.set_value(drawn(seed, weight.array.shape, weight.columns, weight.array.dtype))
-    return model
-
-
-def random_cache(config: GlmConfig, capacity: int) -> ContiguousCache:
-    """One sequence's, full of normal rows."""
-
-    def filled(rows: Rows) -> Rows:
-        return Rows(jax.random.normal(jax.random.key(capacity), rows.values_LGAC.shape, jnp.bfloat16))
-
-    cache = ContiguousCache.create(config, 1, capacity, jnp.bfloat16)
-    return dataclasses.replace(cache, latents=filled(cache.latents), index_keys=filled(cache.index_keys))
-
-
-def bytes_to_read(model: Transformer, tokens: int, length: int) -> int:
-    """Fewest bytes that a forward reads: weights once, and cached rows.
-
-    Of the embedding the tokens' rows; of the routed experts those that somebody chooses, where every choice is as likely
-    as another; of the cache all index keys, and of the latents at least what the last token selects.
-
-    Args:
-        model: the weights.
-        tokens: of the forward.
-        length: rows in the cache, the tokens' own among them.
-    """
-    config = model.config
-    chosen = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens
-    shares = {
-        "embed_VD": min(1.0, tokens / config.vocab_size),
-        "experts.gate_up_LE2FD": chosen,
-        "experts.down_LEDF": chosen,
-    }
-    weights = sum(
-        weight.array.size * weight.array.dtype.itemsize * shares.get(name, 1.0)
-        for name, weight in named_weights(model).items()
-    )
-    keys = config.indexer_types.count("full") * length * config.index_head_dim
-    latents = config.num_hidden_layers * min(length, config.index_topk) * config.cache_row_dim
-    return round(weights + 2 * (keys + latents))
-
-
 @dataclasses.dataclass(frozen=True)
 class Slice:
     """The model, made when first asked for, and its forward over one sequence, timed.
@@ -225,14 +170,14 @@ class Slice:
     @cached_property
     def model(self) -> Transformer:
         """With random weights."""
-        return random_model(self.size.config)
+        return random_model(self.size.config, jnp.bfloat16)
 
     def decode(self, ops: dispatch.Implementation) -> Iterator[dict[str, Any]]:
         """A step at every length, all with one program."""
         capacity = max(self.size.lengths)
         step, facts = self._compiled(ops, 1, capacity)
         for length in self.size.lengths:
-            cost = {"bytes": bytes_to_read(self.model, 1, length)}
+            cost = {"bytes": self._bytes(1, length)}
             yield self._timed(step, length - 1, 1, capacity, self.size.calls) | cost | facts | {"length": length}
 
     def prefill(self, ops: dispatch.Implementation) -> Iterator[dict[str, Any]]:
@@ -241,15 +186,18 @@ class Slice:
         for tokens in self.size.prompts:
             step, facts = self._compiled(ops, tokens, capacity)
             cost = {
-                "bytes": bytes_to_read(self.model, tokens, tokens),
+                "bytes": self._bytes(tokens, tokens),
                 "flops": prefill_flops(self.size.config, tokens),
             }
             yield self._timed(step, 0, tokens, capacity, max(1, self.size.calls // 4)) | cost | facts
 
+    def _bytes(self, tokens: int, length: int) -> int:
+        return weight_bytes(self.model, tokens) + row_bytes(self.size.config, length, jnp.bfloat16.dtype.itemsize)
+
     def _compiled(self, ops: dispatch.Implementation, tokens: int, capacity: int) -> tuple[Any, dict[str, Any]]:
         """The forward over arrays alone: modules would be taken apart and put together at every call."""
         weights, module = jax.tree.flatten(self.model)
-        rows, cache_tree = jax.tree.flatten(random_cache(self.size.config, capacity))
+        rows, cache_tree = jax.tree.flatten(random_cache(self.size.config, capacity, jnp.bfloat16))
 
         def step(weights: list[jax.Array], rows: list[jax.Array], ids_BT: jax.Array, positions_BT: jax.Array) -> Any:
             model, cache = jax.tree.unflatten(module, weights), jax.tree.unflatten(cache_tree, rows)
@@ -268,7 +216,7 @@ class Slice:
     def _timed(self, forward: Any, first: int, tokens: int, capacity: int, calls: int) -> dict[str, Any]:
         ids_BT = jax.random.randint(jax.random.key(0), (1, tokens), 0, self.size.config.vocab_size, jnp.int32)
         positions_BT = jnp.arange(first, first + tokens, dtype=jnp.int32)[None]
-        rows = jax.tree.leaves(random_cache(self.size.config, capacity))
+        rows = jax.tree.leaves(random_cache(self.size.config, capacity, jnp.bfloat16))
         logits_BTV, rows = forward(rows, ids_BT, positions_BT)
         finite = bool(jnp.all(jnp.isfinite(logits_BTV)))
         step = lambda state: forward(state[1], ids_BT, positions_BT)  # noqa: E731

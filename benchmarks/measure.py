@@ -13,30 +13,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glmjax.glm import GLM
 from glmjax.model.assemble import named_weights
 from glmjax.model.config import GlmConfig
+from glmjax.model.transformer import Transformer
 
 
-def bytes_per_token(glm: GLM) -> int:
-    """Bytes of weights that decoding one token reads.
+def weight_bytes(model: Transformer, tokens: int = 1) -> int:
+    """Fewest bytes of weights that a forward reads.
 
-    Of the routed experts those chosen, of the embedding one row, of the MTP layer (the last entry of its stacks) nothing.
+    Of the embedding the tokens' rows; of the routed experts those that somebody chooses, where every choice is as likely
+    as another; of the MTP layer (the last entry of its stacks) nothing.
+
+    Args:
+        model: the weights, or their shapes.
+        tokens: of the forward.
     """
-    config, total = glm.config, 0.0
-    mtp = glm.weights.mtp is not None
-    for name, weight in named_weights(glm.weights).items():
-        size = sum(array.nbytes for array in (weight.array, weight.scales) if array is not None)
+    config, total = model.config, 0.0
+    chosen = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens
+    shares = {"experts.gate_up_LE2FD": chosen, "experts.down_LEDF": chosen}
+    if not config.tie_word_embeddings:
+        shares["embed_VD"] = min(1.0, tokens / config.vocab_size)
+    for name, weight in named_weights(model).items():
         if name.startswith("mtp."):
             continue
-        if name == "embed_VD" and not config.tie_word_embeddings:
-            size /= config.vocab_size
-        if mtp and weight.letters.startswith("L") and not name.startswith("dense_"):
+        size = sum(array.size * array.dtype.itemsize for array in (weight.array, weight.scales) if array is not None)
+        if model.mtp is not None and weight.letters.startswith("L") and not name.startswith("dense_"):
             size *= 1 - 1 / weight.array.shape[0]
-        if name in ("experts.gate_up_LE2FD", "experts.down_LEDF"):
-            size *= config.num_experts_per_tok / config.n_routed_experts
-        total += size
+        total += size * shares.get(name, 1.0)
     return round(total)
+
+
+def row_bytes(config: GlmConfig, length: int, itemsize: int) -> int:
+    """Fewest bytes of cached rows that a forward reads: all index keys, and the latents that one token selects.
+
+    Args:
+        config: the model.
+        length: rows in the cache, the tokens' own among them.
+        itemsize: bytes of a stored number.
+    """
+    keys = config.indexer_types.count("full") * length * config.index_head_dim
+    latents = config.num_hidden_layers * min(length, config.index_topk) * config.cache_row_dim
+    return itemsize * (keys + latents)
 
 
 def prefill_flops(config: GlmConfig, tokens: int) -> int:

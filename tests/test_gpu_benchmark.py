@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import gpu
+from benchmarks.measure import weight_bytes
 from glmjax.model.assemble import abstract
 
 JUNIT = """<testsuites><testsuite><testcase classname="tests.gpu" name="test_golden[dense]" time="1.5">
@@ -68,5 +69,5 @@ def test_of_a_token_the_chosen_experts_are_read_and_of_many_tokens_all():
     config = gpu.SIZES["glm-5.1"].config
     model = abstract(config, gpu.jnp.bfloat16, mtp=False, fp8=False)
     expert = 2 * 3 * 6144 * 2048
-    one, many = (gpu.bytes_to_read(model, tokens, 4096) for tokens in (1, 10**6))
+    one, many = (weight_bytes(model, tokens) for tokens in (1, 10**6))
     assert many - one == pytest.approx((256 - 8) * expert + 2 * (154880 - 1) * 6144, rel=1e-9)

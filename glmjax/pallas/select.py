@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,29 @@ from glmjax.pallas.selection import Selection
 from glmjax.pallas.top_k import ascending, by_bisection, by_sorting, comparable
 
 _BLOCK_BYTES = 64 << 20  # of the scores of a block of queries over the whole context, and of what they are compared by
-_STRETCH = 16384  # keys that few queries choose from at a time
-_FEW_WINDOW = 2048  # keys that few queries score at a time
+_STRETCH = 32768  # keys that few queries choose from at a time
+_SHORTEST_WINDOW, _LONGEST_WINDOW = 2048, 8192  # a quarter of the context between, for few queries
+
+
+class _Queries(NamedTuple):
+    """Who chooses: index queries, their heads' weights, and the first and last position each of them sees."""
+
+    q_BTIJ: jax.Array
+    head_weights_BTI: jax.Array
+    first_BT: jax.Array
+    last_BT: jax.Array
+
+
+class _Keys(NamedTuple):
+    """From what: the rows of a layer, in each sequence's pages."""
+
+    rows: Rows
+    layer: jax.Array | int
+    pages_BM: jax.Array | None
+
+    @property
+    def length(self) -> int:
+        return self.rows.capacity(self.pages_BM)
 
 
 def select(
@@ -47,85 +68,60 @@ def select(
         last_BT: the highest; below ``first_BT`` it sees nothing.
         k: index_topk.
     """
-    length = rows.capacity(pages_BM)
-    if k >= length:
-        return selection.visible(first_BT, last_BT, length)
-    q_BTIJ, head_weights_BTI, rows = lax.stop_gradient((q_BTIJ, head_weights_BTI, rows))
-    batch, queries, heads, _ = q_BTIJ.shape
-    if queries <= selection.FEW_QUERIES:
-        return _streamed(q_BTIJ, head_weights_BTI, rows, layer, pages_BM, first_BT, last_BT, k)
-    method = by_bisection if selection.prefers_mask(queries, length, k) else by_sorting
+    keys = _Keys(rows, layer, pages_BM)
+    if k >= keys.length:
+        return selection.visible(first_BT, last_BT, keys.length)
+    queries, keys = lax.stop_gradient((_Queries(q_BTIJ, head_weights_BTI, first_BT, last_BT), keys))
+    batch, count, heads, _ = q_BTIJ.shape
+    if count <= selection.FEW_QUERIES:
+        return _streamed(queries, keys, k)
+    method = by_bisection if selection.prefers_mask(count, keys.length, k) else by_sorting
 
-    def block(q_BTIJ: jax.Array, head_weights_BTI: jax.Array, first_BT: jax.Array, last_BT: jax.Array) -> jax.Array:
-        scores_BTS = _scores(q_BTIJ, head_weights_BTI, rows, layer, pages_BM, first_BT, last_BT, 0, length, WINDOW)
-        visible_BTS = selection.visible(first_BT, last_BT, length)
-        return method(comparable(scores_BTS, visible_BTS), visible_BTS, k)
+    def block(*queries: jax.Array) -> jax.Array:
+        return method(_scores(_Queries(*queries), keys, 0, keys.length, WINDOW), k)
 
     # A tile is a sixteenth of the block: it fits a core's cache.
-    per_query = 16 * batch * max(4 * heads * WINDOW, length)
-    return map_query_blocks(block, per_query, q_BTIJ, head_weights_BTI, first_BT, last_BT, budget=_BLOCK_BYTES)
+    per_query = 16 * batch * max(4 * heads * WINDOW, keys.length)
+    return map_query_blocks(block, per_query, *queries, budget=_BLOCK_BYTES)
 
 
-def _scores(
-    q_BTIJ: jax.Array,
-    head_weights_BTI: jax.Array,
-    rows: Rows,
-    layer: Any,
-    pages_BM: jax.Array | None,
-    first_BT: jax.Array,
-    last_BT: jax.Array,
-    begin: Any,
-    size: int,
-    window: int,
-) -> jax.Array:
-    """Scores of positions begin … begin + size − 1, zero in windows that no query sees."""
+def _scores(queries: _Queries, keys: _Keys, begin: Any, size: int, window: int) -> jax.Array:
+    """Comparable scores [B, T, size] of the positions from begin on; windows that no query sees are not computed."""
+    rows, layer, pages_BM = keys
     window = rows.window_size(pages_BM, min(window, size))
+    first_BT, last_BT = queries.first_BT - begin, queries.last_BT - begin
 
     def step(n: jax.Array, scores_BTS: jax.Array) -> jax.Array:
         start = window_start(n, window, size)
         keys_BSJ = rows.window(layer, pages_BM, begin + start, window)
-        return lax.dynamic_update_slice_in_dim(scores_BTS, index_scores(q_BTIJ, head_weights_BTI, keys_BSJ), start, 2)
+        window_BTS = index_scores(queries.q_BTIJ, queries.head_weights_BTI, keys_BSJ)
+        return lax.dynamic_update_slice_in_dim(scores_BTS, window_BTS, start, 2)
 
-    lowest = jnp.clip(jnp.min(first_BT) - begin, 0, size) // window
-    highest = jnp.minimum(jnp.max(last_BT) - begin, size - 1) // window + 1
-    return lax.fori_loop(lowest, highest, step, jnp.zeros((*first_BT.shape, size), jnp.float32))
+    lowest = jnp.clip(jnp.min(first_BT), 0, size) // window
+    highest = jnp.minimum(jnp.max(last_BT), size - 1) // window + 1
+    scores_BTS = lax.fori_loop(lowest, highest, step, jnp.zeros((*first_BT.shape, size), jnp.float32))
+    return comparable(scores_BTS, selection.visible(first_BT, last_BT, size))
 
 
-def _streamed(
-    q_BTIJ: jax.Array,
-    head_weights_BTI: jax.Array,
-    rows: Rows,
-    layer: Any,
-    pages_BM: jax.Array | None,
-    first_BT: jax.Array,
-    last_BT: jax.Array,
-    k: int,
-) -> jax.Array:
+def _streamed(queries: _Queries, keys: _Keys, k: int) -> jax.Array:
     """The best so far, stretch by stretch; those kept stand before a stretch's own, so ties go to the lower position."""
-    length, size = rows.capacity(pages_BM), rows.window_size(pages_BM, _STRETCH)
-
-    def scored(n: Any) -> tuple[jax.Array, jax.Array]:
-        begin = window_start(n, size, length)
-        position_S = begin + jnp.arange(size, dtype=jnp.int32)
-        visible_BTS = (position_S >= jnp.maximum(first_BT, n * size)[..., None]) & (position_S <= last_BT[..., None])
-        scores_BTS = _scores(
-            q_BTIJ, head_weights_BTI, rows, layer, pages_BM, first_BT, last_BT, begin, size, _FEW_WINDOW
-        )
-        return comparable(scores_BTS, visible_BTS), jnp.where(visible_BTS, position_S, -1)
-
-    if size == length:
-        scores_BTS, position_BTS = scored(jnp.int32(0))
-        return by_sorting(scores_BTS, position_BTS >= 0, k)
+    size = keys.rows.window_size(keys.pages_BM, _STRETCH)
+    window = min(max(keys.length // 4, _SHORTEST_WINDOW), _LONGEST_WINDOW)
+    if size == keys.length:
+        return by_sorting(_scores(queries, keys, 0, size, window), k)
 
     def step(n: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        scores, positions = (jnp.concatenate(pair, axis=-1) for pair in zip(best, scored(n), strict=True))
-        score_BTK, chosen_BTK = lax.top_k(scores, k)
-        return score_BTK, jnp.take_along_axis(positions, chosen_BTK, axis=-1)
+        score_BTK, position_BTK = best
+        begin = window_start(n, size, keys.length)  # the last stretch begins within the one before
+        unseen = queries._replace(first_BT=jnp.maximum(queries.first_BT, n * size))
+        score_BTS = jnp.concatenate([score_BTK, _scores(unseen, keys, begin, size, window)], axis=-1)
+        score_BTK, chosen_BTK = lax.top_k(score_BTS, k)
+        kept_BTK = jnp.take_along_axis(position_BTK, jnp.minimum(chosen_BTK, k - 1), axis=-1)
+        return score_BTK, jnp.where(chosen_BTK < k, kept_BTK, begin + chosen_BTK - k)
 
-    stretches = jnp.clip(jnp.max(last_BT) // size + 1, 0, -(-length // size))
-    empty = (*first_BT.shape, k)
-    nothing = (jnp.full(empty, -jnp.inf, jnp.float32), jnp.full(empty, -1, jnp.int32))
-    return ascending(lax.fori_loop(0, stretches, step, nothing)[1])
+    stretches = jnp.clip(jnp.max(queries.last_BT) // size + 1, 0, -(-keys.length // size))
+    none_BTK = jnp.full((*queries.first_BT.shape, k), -jnp.inf, jnp.float32)
+    return ascending(*lax.fori_loop(0, stretches, step, (none_BTK, jnp.zeros_like(none_BTK, jnp.int32))))
 
 
 def index_scores(

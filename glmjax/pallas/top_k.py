@@ -1,4 +1,8 @@
-"""The positions with the highest scores: exact, ties to the lowest position on every backend."""
+"""The positions with the highest scores: exact, ties to the lowest position on every backend.
+
+What is visible is told by the scores alone, once `comparable` has made them: nothing invisible is above −inf, and nothing
+visible at it.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +12,24 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 
-def by_sorting(scores_BTS: Float[Array, "B T S"], visible_BTS: Bool[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
+def by_sorting(scores_BTS: Float[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
     """Positions of the k best visible scores, by `lax.top_k`, which is stable: the best for few rows or long ones.
 
     Args:
         scores_BTS: as `comparable` makes them.
-        visible_BTS: what may be chosen.
         k: at most S.
 
     Returns:
         Ascending, −1 after them where fewer are visible.
     """
-    _, selected_BTK = lax.top_k(scores_BTS, k)
-    return ascending(jnp.where(jnp.take_along_axis(visible_BTS, selected_BTK, axis=-1), selected_BTK, -1))
+    return ascending(*lax.top_k(scores_BTS, k))
 
 
-def by_bisection(scores_BTS: Float[Array, "B T S"], visible_BTS: Bool[Array, "B T S"], k: int) -> Bool[Array, "B T S"]:
+def by_bisection(scores_BTS: Float[Array, "B T S"], k: int) -> Bool[Array, "B T S"]:
     """The same set as a mask: the k-th largest key bit by bit, then the last of its equals to be taken. No sort.
 
     Args:
         scores_BTS: as `comparable` makes them.
-        visible_BTS: what may be chosen.
         k: at most S.
     """
     bits_BTS = lax.bitcast_convert_type(scores_BTS, jnp.int32)
@@ -58,7 +59,7 @@ def by_bisection(scores_BTS: Float[Array, "B T S"], visible_BTS: Bool[Array, "B 
     nowhere_BT = jnp.zeros_like(wanted_BT)
     end_BT = lax.fori_loop(0, jnp.where(tied, bits, 0), end_bit, nowhere_BT)
     end_BT = jnp.where(tied, end_BT, length)
-    return (above_BTS | (equal_BTS & (position_S < end_BT[..., None]))) & visible_BTS
+    return (above_BTS | (equal_BTS & (position_S < end_BT[..., None]))) & (scores_BTS != -jnp.inf)
 
 
 def comparable(scores_BTS: Float[Array, "B T S"], visible_BTS: Bool[Array, "B T S"]) -> Float[Array, "B T S"]:
@@ -72,8 +73,8 @@ def comparable(scores_BTS: Float[Array, "B T S"], visible_BTS: Bool[Array, "B T 
     return jnp.where(visible_BTS, scores_BTS, -jnp.inf)
 
 
-def ascending(position_BTK: Int[Array, "B T K"]) -> Int[Array, "B T K"]:
-    """Positions in order, −1 (none) after them."""
+def ascending(scores_BTK: Float[Array, "B T K"], position_BTK: Int[Array, "B T K"]) -> Int[Array, "B T K"]:
+    """The chosen positions in order, −1 (none) after them, in the place of those at −inf."""
     none = jnp.iinfo(jnp.int32).max
-    sorted_BTK = jnp.sort(jnp.where(position_BTK < 0, none, position_BTK), axis=-1)
+    sorted_BTK = jnp.sort(jnp.where(scores_BTK == -jnp.inf, none, position_BTK), axis=-1)
     return jnp.where(sorted_BTK == none, -1, sorted_BTK)

@@ -63,7 +63,7 @@ def distillation(model: Transformer, view: LayerView, queries: int, k: int) -> D
 
     best_BTS = visible_BTS
     if k < capacity:
-        best_BTK = by_sorting(comparable(lax.stop_gradient(index_BTS), visible_BTS), visible_BTS, k)
+        best_BTK = by_sorting(comparable(lax.stop_gradient(index_BTS), visible_BTS), k)
         best_BTS = selection.mask(best_BTK, capacity)
     read_BTS = best_BTS if config.index_topk == k else visible_BTS
     target_BTS = jnp.where(read_BTS, dense_BTS, 0.0)

@@ -23,7 +23,7 @@ def top_k(method, scores_BTS, first_BT, last_BT, k):
     """As positions, whichever form the method gives."""
     k = min(k, scores_BTS.shape[-1])
     visible_BTS = selection.visible(first_BT, last_BT, scores_BTS.shape[-1])
-    selected = getattr(module, method)(module.comparable(scores_BTS, visible_BTS), visible_BTS, k)
+    selected = getattr(module, method)(module.comparable(scores_BTS, visible_BTS), k)
     return selection.positions(selected, k)
 
 
