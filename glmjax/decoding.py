@@ -159,10 +159,8 @@ class Generation:
         length, vocab = len(self.prompt_ids), model.config.vocab_size
         rows = min(_power_of_two(length + self._new_tokens, _SMALLEST_CACHE), model.config.max_position_embeddings)
         cache = empty(model, rows, self._cache_dtype)
-        state = SamplingState.from_params([params], [self.prompt_ids], vocab)
-        if self._tokenizer:  # rows of the head beyond the vocabulary are padding
-            beyond = jnp.arange(vocab) >= self._tokenizer.vocab_size
-            state = dataclasses.replace(state, bias_BV=jnp.where(beyond, -jnp.inf, state.bias_BV))
+        tokens = self._tokenizer.vocab_size if self._tokenizer else None
+        state = SamplingState.from_params([params], [self.prompt_ids], vocab, tokens)
 
         chunk = min(_power_of_two(length, _SMALLEST_CHUNK), _LARGEST_CHUNK)
         for begin in range(0, length, chunk):

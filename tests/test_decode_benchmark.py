@@ -1,13 +1,14 @@
 """The benchmark of decode steps, at a size for a test."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from benchmarks import decode
-from benchmarks.gpu import SIZES
+from glmjax.model.config import GlmConfig
 
-TINY = SIZES["tiny"].config
+TINY = GlmConfig.from_dir(Path(__file__).parent / "tiny.json")
 ARGUMENTS = decode.Arguments(contexts=(16, 48), steps=4, repeats=1, read_mib=1)
 
 

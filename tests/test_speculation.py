@@ -22,28 +22,7 @@ from glmjax.speculation import DecodeState, begin, prefill, speculate
 GOLDEN = Path(__file__).parent / "golden"
 CONTEXT, NEW, DRAFTS = 64, 28, 3
 PROMPTS = ([3, 9, 4, 1, 5], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [1])  # with the new tokens, all pass index_topk = 8
-TINY = GlmConfig(
-    vocab_size=16,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    q_lora_rank=16,
-    kv_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=8,
-    v_head_dim=8,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    mlp_layer_types=("dense", "sparse"),
-    indexer_types=("full", "shared"),
-    index_topk=8,
-    index_n_heads=4,
-    index_head_dim=16,
-    max_position_embeddings=CONTEXT,
-    num_nextn_predict_layers=1,
-)
+TINY = dataclasses.replace(GlmConfig.from_dir(Path(__file__).parent / "tiny.json"), vocab_size=16)
 PLAIN = {
     "greedy": SamplingParams(temperature=0),
     "sampled": SamplingParams(temperature=1, seed=1),

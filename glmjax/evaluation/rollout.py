@@ -49,9 +49,7 @@ def continued(
         params if params.seed is None else dataclasses.replace(params, seed=params.seed + b)
         for b in range(len(prompts))
     ]
-    sampling = SamplingState.from_params(each, prompts, vocab)
-    padding = jnp.arange(vocab) >= glm.tokenizer.vocab_size
-    sampling = dataclasses.replace(sampling, bias_BV=jnp.where(padding, -jnp.inf, sampling.bias_BV))
+    sampling = SamplingState.from_params(each, prompts, vocab, glm.tokenizer.vocab_size)
     stops_V = np.isin(np.arange(vocab), list(glm.stops.token_ids))
 
     ids_BT = np.stack(prompts)

@@ -146,7 +146,11 @@ class SamplingState:
 
     @classmethod
     def from_params(
-        cls, params: Sequence[SamplingParams], prompts: Sequence[Sequence[int] | np.ndarray], vocab: int
+        cls,
+        params: Sequence[SamplingParams],
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        vocab: int,
+        tokens: int | None = None,
     ) -> "SamplingState":
         """State of slots that have emitted nothing yet; an idle slot is `SamplingParams(temperature=0)` and `()`.
 
@@ -154,6 +158,7 @@ class SamplingState:
           params: What each of the B slots asks for; sampled slots (temperature > 0) need a seed.
           prompts: Each slot's prompt token ids, for the repetition penalty.
           vocab: V, the width of the logits.
+          tokens: how many of them the tokenizer has; the rest is padding of the head and never sampled. Default all.
 
         Raises:
           ValueError: a parameter is out of range, a seed is missing, or a prompt id is outside the vocabulary.
@@ -179,6 +184,7 @@ class SamplingState:
             prompt_BV[slot, ids] = True
             for token, bias in asked.logit_bias.items():
                 bias_BV[slot, token] = bias
+        bias_BV[:, vocab if tokens is None else tokens :] = -np.inf
 
         def floats(name: str) -> jax.Array:
             values_B = np.array([getattr(asked, name) for asked in params], np.float64)

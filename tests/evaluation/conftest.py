@@ -1,5 +1,6 @@
 """A checkpoint small enough to measure in a test: random weights, an MTP layer, and a vocabulary of characters."""
 
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,32 +14,8 @@ from glmjax.model.config import GlmConfig
 from glmjax.model.transformer import Transformer
 from glmjax.model.weights import random_source
 
-RAW = {
-    "model_type": "glm_moe_dsa",
-    "vocab_size": 104,  # the last of them are padding
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "routed_scaling_factor": 1.0,
-    "first_k_dense_replace": 1,
-    "index_topk": 8,
-    "index_n_heads": 4,
-    "index_head_dim": 16,
-    "max_position_embeddings": 512,
-    "num_nextn_predict_layers": 1,
-    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-    "eos_token_id": [1],
-}
+TINY = json.loads((Path(__file__).parents[1] / "tiny.json").read_text())
+RAW = TINY | {"vocab_size": 104, "max_position_embeddings": 512, "eos_token_id": [1]}  # the last of them are padding
 
 
 def save_tokenizer(directory: Path) -> None:

@@ -1,6 +1,7 @@
 """A model small enough to train in a test."""
 
 import functools
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,28 +12,7 @@ from glmjax.model.transformer import Transformer
 from glmjax.model.weights import random_source
 from glmjax.training.data import Tokens
 
-TINY = GlmConfig(
-    vocab_size=64,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    q_lora_rank=16,
-    kv_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=8,
-    v_head_dim=8,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    mlp_layer_types=("dense", "sparse"),
-    indexer_types=("full", "shared"),
-    index_topk=8,
-    index_n_heads=4,
-    index_head_dim=16,
-    max_position_embeddings=64,
-    num_nextn_predict_layers=1,
-)
+TINY = GlmConfig.from_dir(Path(__file__).parents[1] / "tiny.json")
 
 
 @pytest.fixture
