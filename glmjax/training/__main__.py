@@ -45,7 +45,12 @@ def main(arguments: Arguments) -> None:
     documents = corpus.load()
     tokens = tokenize(documents.training, tokenizer.raw)
     config = GlmConfig.from_dir(arguments.config)
-    tasks = Tasks(tokenizer, infill_share=recipe.infill_share, recall_share=recipe.recall_share)
+    tasks = Tasks(
+        tokenizer,
+        infill_share=recipe.infill_share,
+        recall_share=recipe.recall_share,
+        repeat_share=recipe.repeat_share,
+    )
     probe = Probe(documents.held_out, tokenizer)
     run = Run(arguments.run, config, recipe, tokens, rewrite=tasks, probe=probe, keep_every=arguments.keep_every)
     print(f"{len(tokens.ids):,} tokens of {len(tokens):,} documents; at step {run.step} of {recipe.steps}")

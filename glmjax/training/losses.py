@@ -20,7 +20,8 @@ class Losses(NamedTuple):
         mtp_K: cross-entropy of the MTP layer at its first, second, … application: token t + 1 + k.
         indexer: KL divergence of the indexers' distribution from attention's, mean over layers.
         recall: share of attention that lies on what the indexers select, where they leave something out.
-        load_LE: share of choices that went to each expert, a row per sparse layer, the MTP layer's last.
+        load_LE: share of choices that went to each expert, a row per sparse layer, the MTP layer's last where it was
+            applied.
     """
 
     next_token: jax.Array
@@ -60,6 +61,7 @@ def losses(
         model: with its MTP layer.
         batch: rows.
         mtp_steps: how often the MTP layer is applied, each time to its own output; every application is trained.
+            0: none.
         mtp_rows: rows that applications after the first see (they cost a layer and a head each); default all.
         distilled: how many queries of each row the indexer learns from.
         index_topk: the selection's size where the model attends to more than that; default the model's own.
@@ -89,7 +91,7 @@ def losses(
     kept = [of for of, _ in seen if of is not None]
     return Losses(
         next_token,
-        jnp.stack(mtp),
+        jnp.stack(mtp) if mtp else jnp.zeros(0),
         jnp.mean(jnp.stack([of.kl for of in kept])),
         jnp.mean(jnp.stack([of.recall for of in kept])),
         jnp.stack([load for _, load in seen if load is not None]),

@@ -38,8 +38,9 @@ def draw(lines: Sequence[dict[str, Any]], file: Path) -> None:
     loss, bits, load, indexer = figure.subplots(2, 2, sharex=True).flat
     steps = np.array([line["step"] for line in lines])
     _curve(loss, steps, [line["next_token"] for line in lines], "next token")
-    for k in range(len(lines[0]["mtp"])):
-        _curve(loss, steps, [line["mtp"][k] for line in lines], f"MTP, application {k + 1}")
+    for k in range(max(len(line["mtp"]) for line in lines)):
+        drafting = [line for line in lines if k < len(line["mtp"])]
+        _curve(loss, steps[-len(drafting) :], [line["mtp"][k] for line in drafting], f"MTP, application {k + 1}")
     loss.set(ylabel="nats per token")
     probed = [line for line in lines if "held_out_bits_per_byte" in line]
     held_out = [line["held_out_bits_per_byte"] for line in probed]

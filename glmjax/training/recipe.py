@@ -23,12 +23,14 @@ class Stage(NamedTuple):
         batch_size: rows per step.
         seq_len: predictions per row.
         attention: "dense" to everything visible, while the indexer learns to follow it; "sparse" to what it selects.
+        mtp_steps: how often the MTP layer is applied to its own output; 0 leaves it as it is, and a step costs half.
     """
 
     steps: int
     batch_size: int
     seq_len: int
     attention: Literal["dense", "sparse"]
+    mtp_steps: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,36 +44,39 @@ class Recipe:
         decay_share: share of the steps, at the end, over which the rate falls linearly to a twentieth.
         weight_decay: of matrices; norms, biases, embedding and head have none.
         clip: norm to which gradients are clipped.
-        mtp_steps: how often the MTP layer is applied to its own output.
         mtp_weight: of the MTP loss, the mean over its applications.
         mtp_share: share of a batch's rows that applications after the first see.
         indexer_weight: of the distillation; its gradient touches the indexer alone.
         distilled: queries of each row that the indexer learns from.
         infill_share: share of the rows with blanks to fill.
         recall_share: share of the rows with lines to recall.
+        repeat_share: share of the rows that repeat themselves.
+        common: how long a direction that all embeddings have in common is at first, beside their own; see `start`.
         balance_rate: by how much a router's bias moves per step towards an equal load (auxiliary-loss-free balance,
             arXiv 2408.15664).
         seed: of weights and data order.
     """
 
     stages: tuple[Stage, ...] = (
-        Stage(2000, 8, 512, "dense"),
-        Stage(300, 4, 1024, "dense"),
-        Stage(500, 4, 1024, "sparse"),
-        Stage(150, 2, 2048, "sparse"),
+        Stage(3000, 16, 256, "dense", mtp_steps=0),
+        Stage(1000, 8, 512, "dense", mtp_steps=3),
+        Stage(300, 4, 1024, "dense", mtp_steps=3),
+        Stage(500, 4, 1024, "sparse", mtp_steps=3),
+        Stage(150, 2, 2048, "sparse", mtp_steps=3),
     )
     learning_rate: float = 2.5e-3
     warmup_steps: int = 50
     decay_share: float = 0.4
     weight_decay: float = 0.1
     clip: float = 1.0
-    mtp_steps: int = 3
     mtp_weight: float = 0.3
     mtp_share: float = 0.25
     indexer_weight: float = 1.0
     distilled: int = 32
     infill_share: float = 0.2
     recall_share: float = 0.05
+    repeat_share: float = 0.1
+    common: float = 1.0
     balance_rate: float = 1e-3
     seed: int = 0
 
@@ -103,8 +108,18 @@ class TrainState:
 
 
 def start(model: Transformer, recipe: Recipe) -> TrainState:
-    """The state before the first step."""
-    return TrainState(model, recipe.optimizer().init(_weights(model)), jnp.int32(0))
+    """The state before the first step; the embeddings get a direction in common.
+
+    The network has no biases. Only what all tokens have in common lets attention look at "the token before", whatever
+    that is, and looking up what followed last time is built on it. Such heads otherwise come in the last layers alone,
+    where the layers below have made something in common, and nothing can be built on them there.
+    """
+    embed = model.embed_VD.values[...]
+    common_D = jax.random.normal(jax.random.key(recipe.seed), embed.shape[1:], embed.dtype)
+    weights = _copy(model)
+    weights["embed_VD"]["values"].set_value(embed + recipe.common * jnp.std(embed) * common_D)
+    model = _with(model, weights)
+    return TrainState(model, recipe.optimizer().init(weights), jnp.int32(0))
 
 
 def train_step(state: TrainState, batch: Batch, recipe: Recipe, stage: Stage) -> tuple[TrainState, Losses, jax.Array]:
@@ -116,12 +131,13 @@ def train_step(state: TrainState, batch: Batch, recipe: Recipe, stage: Stage) ->
         out = losses(
             _with(attending, weights),
             batch,
-            mtp_steps=recipe.mtp_steps,
+            mtp_steps=stage.mtp_steps,
             mtp_rows=max(1, round(rows * recipe.mtp_share)),
             distilled=recipe.distilled,
             index_topk=state.model.config.index_topk,
         )
-        return out.next_token + recipe.mtp_weight * jnp.mean(out.mtp_K) + recipe.indexer_weight * out.indexer, out
+        mtp = jnp.sum(out.mtp_K) / max(1, stage.mtp_steps)
+        return out.next_token + recipe.mtp_weight * mtp + recipe.indexer_weight * out.indexer, out
 
     weights = _weights(state.model)
     gradients, out = jax.grad(objective, has_aux=True)(weights)
@@ -131,16 +147,28 @@ def train_step(state: TrainState, batch: Batch, recipe: Recipe, stage: Stage) ->
 
 
 def balance(model: Transformer, load_LE: jax.Array, recipe: Recipe) -> Transformer:
-    """Raise the bias of experts with less than their share of the tokens, lower that of the others."""
-    bias = model.experts.router_bias_LE.values
-    moved_LE = bias[...] + recipe.balance_rate * jnp.sign(1 / load_LE.shape[1] - load_LE)
-    weights = jax.tree.map(lambda array: array, _weights(model))  # its variables are new ones, the model's stay
+    """Raise the bias of experts with less than their share of the tokens, lower that of the others.
+
+    Args:
+        model: whose routers.
+        load_LE: shares of the choices in each layer; layers after the last of them have made none.
+        recipe: with the rate.
+    """
+    bias_LE = model.experts.router_bias_LE.values[...]
+    layers, experts = load_LE.shape
+    moved_LE = bias_LE.at[:layers].add(recipe.balance_rate * jnp.sign(1 / experts - load_LE))
+    weights = _copy(model)
     weights["experts"]["router_bias_LE"]["values"].set_value(moved_LE)
     return _with(model, weights)
 
 
 def _weights(model: Transformer) -> Any:
     return nnx.split(model)[1]
+
+
+def _copy(model: Transformer) -> Any:
+    """Its weights in variables of their own, which may be set while the model's stay."""
+    return jax.tree.map(lambda array: array, _weights(model))
 
 
 def _with(model: Transformer, weights: Any) -> Transformer:

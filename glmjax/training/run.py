@@ -94,7 +94,7 @@ class Run:
                         jax.block_until_ready(self.state)
                         self._log(step + 1, out, norm, seen / (time.perf_counter() - began))
                         began, seen = time.perf_counter(), 0
-                        bar.set_postfix(loss=f"{float(out.next_token):.3f}", mtp=f"{float(out.mtp_K[0]):.3f}")
+                        bar.set_postfix(loss=f"{float(out.next_token):.3f}")
                     bar.update()
                     self._batches_state = batches.get_state()
                     if (step + 1) % self.keep_every == 0 or step + 1 in (end, until):

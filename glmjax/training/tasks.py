@@ -1,4 +1,4 @@
-"""What some rows are turned into: blanks to fill, as GLM is trained, and lines to recall.
+"""What some rows are turned into: blanks to fill, as GLM is trained, lines to recall, and code that comes again.
 
 Both rewrite one document's part of a row and keep its length, so that nothing else moves; what they insert pushes as
 many tokens off the part's end.
@@ -18,7 +18,12 @@ from glmjax.model.tokenizer import Tokenizer
 Part = tuple[Int32[np.ndarray, " length"], Bool[np.ndarray, " length"]]
 """Tokens, and which of them are worth predicting."""
 
+Task = Callable[[np.ndarray, np.random.Generator], Part]
+"""From a document's part of a row, the same length."""
+
 _SHORTEST = 48  # tokens of a part that is worth rewriting
+_PER_LINE = 48  # tokens of a part for each line that may be planted
+_SHORTEST_PIECE, _LONGEST_PIECE = 8, 64  # tokens of what comes again at a stretch
 _LONGEST_BLANK = 96
 _AT_END = 0.2  # share of the blanks that are the rest of the text
 _SEVERAL = 0.3  # share of the others that come in twos and threes
@@ -37,21 +42,27 @@ class Tasks:
     `assert name == "value"` follow in the second. Only the values in the latter are predicted; nothing but attention to
     the former, however far away, can tell them.
 
+    Repetition: after the first half comes the first half again, cut into pieces and shuffled. It makes for heads that
+    look up what followed last time, which recall needs and which a text as short as this corpus hardly teaches.
+
     Args:
         tokenizer: of the rows.
         infill_share: share of the rows with blanks.
         recall_share: share of the rows with planted lines.
+        repeat_share: share of the rows that repeat themselves.
 
     Raises:
         ValueError: the shares are not within [0, 1] together, or the vocabulary has no tokens for blanks.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, infill_share: float, recall_share: float):
-        if min(infill_share, recall_share) < 0 or infill_share + recall_share > 1:
+    def __init__(self, tokenizer: Tokenizer, *, infill_share: float, recall_share: float, repeat_share: float):
+        shares = (infill_share, recall_share, repeat_share)
+        if min(shares) < 0 or sum(shares) > 1:
             raise ValueError(
-                f"infill_share {infill_share} and recall_share {recall_share} must be within [0, 1] together"
+                f"infill_share {infill_share}, recall_share {recall_share} and repeat_share {repeat_share} must be "
+                "within [0, 1] together"
             )
-        self.infill_share, self.recall_share = infill_share, recall_share
+        self._bounds = np.cumsum(shares)
         self._tokenizer, self._blanks = tokenizer, BlankTokens.of(tokenizer)
         texts = (tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
         self._ends_line = np.array([text.endswith("\n") for text in texts])
@@ -65,12 +76,8 @@ class Tasks:
             rng: decides.
         """
         ids, scored = ids.copy(), np.ones(len(ids), bool)
-        draw = rng.random()
-        task: Callable[[np.ndarray, np.random.Generator], Part] | None = None
-        if draw < self.infill_share:
-            task = self.with_blanks
-        elif draw < self.infill_share + self.recall_share:
-            task = self.with_recall
+        tasks: tuple[Task | None, ...] = (self.with_blanks, self.with_recall, self.with_repeats, None)
+        task = tasks[int(np.searchsorted(self._bounds, rng.random(), side="right"))]
         begins, counts = np.unique(starts, return_counts=True)
         longest = int(np.argmax(counts))
         if task is not None and counts[longest] >= _SHORTEST:
@@ -113,11 +120,12 @@ class Tasks:
         return begin, end
 
     def with_recall(self, part: np.ndarray, rng: np.random.Generator) -> Part:
-        """One to three planted lines, asked for in another order."""
-        planted = [self._planted(rng) for _ in range(int(rng.integers(1, 4)))]
-        half = len(part) // 2
-        begins = self._line_ends(part, 0, half, len(planted), rng)
-        asks = self._line_ends(part, half, len(part), len(planted), rng)
+        """Planted lines, as many as one for every `_PER_LINE` tokens, asked for in another order."""
+        planted = [self._planted(rng) for _ in range(int(rng.integers(len(part) // _PER_LINE)) + 1)]
+        body = part[: len(part) - sum(len(piece) for pieces in planted for piece in pieces)]
+        half = len(body) // 2
+        begins = self._line_ends(body, 0, half, len(planted), rng)
+        asks = self._line_ends(body, half, len(body), len(planted), rng)
         lines = [(at, line, np.zeros(len(line), bool)) for at, (line, _, _) in zip(begins, planted, strict=True)]
         for at, i in zip(asks, rng.permutation(len(planted)), strict=True):
             _, question, answer = planted[i]
@@ -125,19 +133,26 @@ class Tasks:
             lines.append((at, np.concatenate([question, answer]), scored))
         out, flags, done = [], [], 0
         for at, line, scored in sorted(lines, key=lambda item: item[0]):
-            out += [part[done:at], line]
+            out += [body[done:at], line]
             flags += [np.ones(at - done, bool), scored]
             done = at
-        out, flags = [*out, part[done:]], [*flags, np.ones(len(part) - done, bool)]
-        return np.concatenate(out)[: len(part)].astype(np.int32), np.concatenate(flags)[: len(part)]
+        out, flags = [*out, body[done:]], [*flags, np.ones(len(body) - done, bool)]
+        return np.concatenate(out).astype(np.int32), np.concatenate(flags)
+
+    def with_repeats(self, part: np.ndarray, rng: np.random.Generator) -> Part:
+        """The first half, and its pieces in another order."""
+        half, size = len(part) // 2, int(rng.integers(_SHORTEST_PIECE, _LONGEST_PIECE + 1))
+        pieces = [part[begin : min(begin + size, half)] for begin in range(0, half, size)]
+        again = [pieces[i] for i in rng.permutation(len(pieces))]
+        return np.concatenate([part[:half], *again, part[2 * half :]]), np.ones(len(part), bool)
 
     def _planted(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A line to plant, the question about it and the answer."""
         return tuple(np.array(self._tokenizer.encode(text), np.int32) for text in planted_line(rng))
 
-    def _line_ends(self, part: np.ndarray, begin: int, end: int, count: int, rng: np.random.Generator) -> list[int]:
+    def _line_ends(self, body: np.ndarray, begin: int, end: int, count: int, rng: np.random.Generator) -> list[int]:
         """Positions behind line ends between two positions, ascending; anywhere where there are no lines."""
-        found = begin + 1 + np.flatnonzero(self._ends_line[part[begin : end - 1]])
+        found = begin + 1 + np.flatnonzero(self._ends_line[body[begin : end - 1]])
         return sorted(int(i) for i in rng.choice(found if len(found) else np.arange(begin, end), count))
 
 

@@ -14,10 +14,9 @@ from glmjax.training.recipe import Recipe, Stage, balance
 from glmjax.training.run import Run
 
 RECIPE = Recipe(
-    stages=(Stage(6, 4, 16, "dense"), Stage(4, 2, 32, "sparse")),
+    stages=(Stage(6, 4, 16, "dense", mtp_steps=0), Stage(4, 2, 32, "sparse", mtp_steps=2)),
     warmup_steps=2,
     learning_rate=1e-2,
-    mtp_steps=2,
     distilled=4,
     balance_rate=1e-2,
 )
@@ -52,6 +51,7 @@ def test_it_learns(whole, folder):
     lines = log(folder)
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert lines[-1]["next_token"] < lines[0]["next_token"] - 0.5
+    assert [len(line["mtp"]) for line in lines] == [0] * 6 + [2] * 4
 
 
 def test_interrupted_anywhere_it_goes_on_with_the_same_batches_and_losses(
