@@ -157,7 +157,7 @@ class Generation:
         """Tokens without end: the prompt's prefill, then as many steps per dispatch as make up `_DISPATCH_SECONDS`."""
         model, params, n = self._model, self._params, self._params.logprobs
         length, vocab = len(self.prompt_ids), model.config.vocab_size
-        rows = min(_power_of_two(length + self._new_tokens, _SMALLEST_CACHE), model.config.max_position_embeddings)
+        rows = min(_capacity(length + self._new_tokens), model.config.max_position_embeddings)
         cache = empty(model, rows, self._cache_dtype)
         tokens = self._tokenizer.vocab_size if self._tokenizer else None
         state = SamplingState.from_params([params], [self.prompt_ids], vocab, tokens)
@@ -290,6 +290,12 @@ def _token(token: int, text: str, finish_reason: str | None, scores: Logprobs | 
     emitted, rank, ids, values = (np.asarray(x)[0] for x in scores)
     top = tuple((int(i), float(v)) for i, v in zip(ids, values, strict=True))
     return Token(token, text, finish_reason, float(emitted), int(rank), top)
+
+
+def _capacity(tokens: int) -> int:
+    """Rows for so many tokens: four sizes between powers of two, for few programs and little waste."""
+    quarter = max(_SMALLEST_CACHE, 1 << (tokens - 1).bit_length()) // 8
+    return max(_SMALLEST_CACHE, -(-tokens // quarter) * quarter)
 
 
 def _power_of_two(n: int, least: int) -> int:

@@ -315,6 +315,14 @@ def test_without_max_new_tokens_the_end_of_the_context_is_the_length(ids_only, m
     assert_best(predictions(ids_only, generation), generation.ids)
 
 
+@pytest.mark.parametrize("tokens", [1, 255, 256, 257, 320, 321, 511, 513, 576, 2112, 8256, 2**20 + 1])
+def test_a_cache_has_few_sizes_and_few_rows_that_no_token_has(tokens):
+    rows = decoding._capacity(tokens)
+    assert tokens <= rows <= max(256, 1.25 * tokens)
+    assert len({decoding._capacity(n) for n in range(rows, 2 * rows)}) <= 5
+    assert decoding._capacity(rows) == rows
+
+
 # Streaming
 
 
