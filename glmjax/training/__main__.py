@@ -13,7 +13,7 @@ from glmjax.model.config import GlmConfig
 from glmjax.model.tokenizer import Tokenizer
 from glmjax.training import corpus
 from glmjax.training.data import tokenize
-from glmjax.training.recipe import Recipe
+from glmjax.training.recipe import Recipe, Stage
 from glmjax.training.run import Run
 from glmjax.training.tasks import Tasks
 
@@ -45,14 +45,13 @@ def main(arguments: Arguments) -> None:
     documents = corpus.load()
     tokens = tokenize(documents.training, tokenizer.raw)
     config = GlmConfig.from_dir(arguments.config)
-    tasks = Tasks(
-        tokenizer,
-        infill_share=recipe.infill_share,
-        recall_share=recipe.recall_share,
-        repeat_share=recipe.repeat_share,
-    )
+
+    def tasks(stage: Stage) -> Tasks:
+        shares = {"infill_share": recipe.infill_share, "recall_share": recipe.recall_share}
+        return Tasks(tokenizer, **shares, repeat_share=stage.repeat_share)
+
     probe = Probe(documents.held_out, tokenizer)
-    run = Run(arguments.run, config, recipe, tokens, rewrite=tasks, probe=probe, keep_every=arguments.keep_every)
+    run = Run(arguments.run, config, recipe, tokens, tasks=tasks, probe=probe, keep_every=arguments.keep_every)
     print(f"{len(tokens.ids):,} tokens of {len(tokens):,} documents; at step {run.step} of {recipe.steps}")
     run.train(arguments.until)
     print(f"at step {run.step} of {recipe.steps}; log in {arguments.run / 'log.jsonl'}")

@@ -24,6 +24,7 @@ class Stage(NamedTuple):
         seq_len: predictions per row.
         attention: "dense" to everything visible, while the indexer learns to follow it; "sparse" to what it selects.
         mtp_steps: how often the MTP layer is applied to its own output; 0 leaves it as it is, and a step costs half.
+        repeat_share: share of the rows that repeat themselves.
     """
 
     steps: int
@@ -31,6 +32,7 @@ class Stage(NamedTuple):
     seq_len: int
     attention: Literal["dense", "sparse"]
     mtp_steps: int
+    repeat_share: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,6 @@ class Recipe:
         distilled: queries of each row that the indexer learns from.
         infill_share: share of the rows with blanks to fill.
         recall_share: share of the rows with lines to recall.
-        repeat_share: share of the rows that repeat themselves.
         common: how long a direction that all embeddings have in common is at first, beside their own; see `start`.
         balance_rate: by how much a router's bias moves per step towards an equal load (auxiliary-loss-free balance,
             arXiv 2408.15664).
@@ -58,11 +59,11 @@ class Recipe:
     """
 
     stages: tuple[Stage, ...] = (
-        Stage(3000, 16, 256, "dense", mtp_steps=0),
-        Stage(1000, 8, 512, "dense", mtp_steps=3),
-        Stage(300, 4, 1024, "dense", mtp_steps=3),
-        Stage(500, 4, 1024, "sparse", mtp_steps=3),
-        Stage(150, 2, 2048, "sparse", mtp_steps=3),
+        Stage(3000, 16, 256, "dense", mtp_steps=0, repeat_share=0.5),
+        Stage(1000, 8, 512, "dense", mtp_steps=3, repeat_share=0.1),
+        Stage(300, 4, 1024, "dense", mtp_steps=3, repeat_share=0.1),
+        Stage(500, 4, 1024, "sparse", mtp_steps=3, repeat_share=0.1),
+        Stage(150, 2, 2048, "sparse", mtp_steps=3, repeat_share=0.1),
     )
     learning_rate: float = 2.5e-3
     warmup_steps: int = 50
@@ -75,7 +76,6 @@ class Recipe:
     distilled: int = 32
     infill_share: float = 0.2
     recall_share: float = 0.05
-    repeat_share: float = 0.1
     common: float = 1.0
     balance_rate: float = 1e-3
     seed: int = 0

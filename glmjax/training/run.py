@@ -30,7 +30,7 @@ class Run:
         config: the model to train.
         recipe: how; a folder's recipe must not change between sessions.
         tokens: the corpus.
-        rewrite: what some rows are turned into; see `glmjax.training.tasks`.
+        tasks: what some rows of a stage are turned into; see `glmjax.training.tasks`.
         probe: measures the model now and then; what it returns goes into the log.
         keep_every: steps between checkpoints.
         probe_every: steps between measurements.
@@ -44,13 +44,13 @@ class Run:
         recipe: Recipe,
         tokens: Tokens,
         *,
-        rewrite: Rewrite = as_it_is,
+        tasks: Callable[[Stage], Rewrite] = lambda _: as_it_is,
         probe: Callable[[Transformer], dict[str, float]] | None = None,
         keep_every: int = 50,
         probe_every: int = 100,
         log_every: int = 10,
     ):
-        self.folder, self.recipe, self.tokens, self.rewrite = folder, recipe, tokens, rewrite
+        self.folder, self.recipe, self.tokens, self.tasks = folder, recipe, tokens, tasks
         self.probe, self.probe_every = probe, probe_every
         self.keep_every, self.log_every = keep_every, log_every
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ class Run:
             if self.step < end:
                 seed = self.recipe.seed + 1000 * number
                 shape = {"batch_size": stage.batch_size, "seq_len": stage.seq_len}
-                batches = iter(training_batches(self.tokens, **shape, seed=seed, rewrite=self.rewrite))
+                batches = iter(training_batches(self.tokens, **shape, seed=seed, rewrite=self.tasks(stage)))
                 if self.step > begin:
                     batches.set_state(self._batches_state)
                 yield stage, batches, end

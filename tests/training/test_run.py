@@ -14,7 +14,10 @@ from glmjax.training.recipe import Recipe, Stage, balance
 from glmjax.training.run import Run
 
 RECIPE = Recipe(
-    stages=(Stage(6, 4, 16, "dense", mtp_steps=0), Stage(4, 2, 32, "sparse", mtp_steps=2)),
+    stages=(
+        Stage(6, 4, 16, "dense", mtp_steps=0, repeat_share=0.0),
+        Stage(4, 2, 32, "sparse", mtp_steps=2, repeat_share=0.0),
+    ),
     warmup_steps=2,
     learning_rate=1e-2,
     distilled=4,
