@@ -294,7 +294,7 @@ def _token(token: int, text: str, finish_reason: str | None, scores: Logprobs | 
 
 def _capacity(tokens: int) -> int:
     """Rows for so many tokens: four sizes between powers of two, for few programs and little waste."""
-    quarter = max(_SMALLEST_CACHE, 1 << (tokens - 1).bit_length()) // 8
+    quarter = _power_of_two(tokens, _SMALLEST_CACHE) // 8  # of the stretch between two powers
     return max(_SMALLEST_CACHE, -(-tokens // quarter) * quarter)
 
 
