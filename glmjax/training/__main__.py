@@ -47,12 +47,7 @@ def main(arguments: Arguments) -> None:
     config = GlmConfig.from_dir(arguments.config)
 
     def tasks(stage: Stage) -> Tasks:
-        return Tasks(
-            tokenizer,
-            infill_share=recipe.infill_share,
-            recall_share=recipe.recall_share,
-            repeat_share=stage.repeat_share,
-        )
+        return Tasks(tokenizer, stage.shares)
 
     probe = Probe(documents.held_out, tokenizer)
     run = Run(arguments.run, config, recipe, tokens, tasks=tasks, probe=probe, keep_every=arguments.keep_every)

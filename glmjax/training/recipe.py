@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,14 @@ import optax
 from flax import nnx
 
 from glmjax.model.transformer import Transformer, densely
+from glmjax.training.initialization import arrange
 from glmjax.training.losses import Batch, Losses, losses
 from glmjax.training.optimizer import optimizer, schedule
+from glmjax.training.tasks import Shares
 
 
-class Stage(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Stage:
     """Steps of one shape.
 
     Attributes:
@@ -24,7 +27,7 @@ class Stage(NamedTuple):
         seq_len: predictions per row.
         attention: "dense" to everything visible, while the indexer learns to follow it; "sparse" to what it selects.
         mtp_steps: how often the MTP layer is applied to its own output; 0 leaves it as it is, and a step costs half.
-        repeat_share: share of the rows that repeat themselves.
+        shares: of the rows that each task rewrites.
     """
 
     steps: int
@@ -32,7 +35,10 @@ class Stage(NamedTuple):
     seq_len: int
     attention: Literal["dense", "sparse"]
     mtp_steps: int
-    repeat_share: float
+    shares: Shares
+
+
+_SHARES = Shares(infill=0.2, recall=0.1, repeat=0.1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +58,19 @@ class Recipe:
         distilled: queries of each row that the indexer learns from.
         infill_share: share of the rows with blanks to fill.
         recall_share: share of the rows with lines to recall.
-        common: how long a direction that all embeddings have in common is at first, beside their own; see `start`.
+        common: how long a direction that all embeddings have in common is at first, beside their own; see `arrange`.
         balance_rate: by how much a router's bias moves per step towards an equal load (auxiliary-loss-free balance,
             arXiv 2408.15664).
         seed: of weights and data order.
     """
 
     stages: tuple[Stage, ...] = (
-        Stage(3000, 16, 256, "dense", mtp_steps=0, repeat_share=0.5),
-        Stage(1000, 8, 512, "dense", mtp_steps=3, repeat_share=0.1),
-        Stage(300, 4, 1024, "dense", mtp_steps=3, repeat_share=0.1),
-        Stage(500, 4, 1024, "sparse", mtp_steps=3, repeat_share=0.1),
-        Stage(150, 2, 2048, "sparse", mtp_steps=3, repeat_share=0.1),
+        Stage(400, 32, 64, "dense", mtp_steps=0, shares=Shares(copies=1.0)),
+        Stage(1800, 16, 256, "dense", mtp_steps=0, shares=_SHARES),
+        Stage(500, 8, 512, "dense", mtp_steps=3, shares=_SHARES),
+        Stage(150, 4, 1024, "dense", mtp_steps=3, shares=_SHARES),
+        Stage(250, 4, 1024, "sparse", mtp_steps=3, shares=_SHARES),
+        Stage(60, 2, 2048, "sparse", mtp_steps=3, shares=_SHARES),
     )
     learning_rate: float = 2.5e-3
     warmup_steps: int = 50
@@ -74,8 +81,6 @@ class Recipe:
     mtp_share: float = 0.25
     indexer_weight: float = 1.0
     distilled: int = 32
-    infill_share: float = 0.2
-    recall_share: float = 0.05
     common: float = 1.0
     balance_rate: float = 1e-3
     seed: int = 0
@@ -108,18 +113,9 @@ class TrainState:
 
 
 def start(model: Transformer, recipe: Recipe) -> TrainState:
-    """The state before the first step; the embeddings get a direction in common.
-
-    The network has no biases. Only what all tokens have in common lets attention look at "the token before", whatever
-    that is, and looking up what followed last time is built on it. Such heads otherwise come in the last layers alone,
-    where the layers below have made something in common, and nothing can be built on them there.
-    """
-    embed = model.embed_VD.values[...]
-    common_D = jax.random.normal(jax.random.key(recipe.seed), embed.shape[1:], embed.dtype)
-    weights = _copy(model)
-    weights["embed_VD"]["values"].set_value(embed + recipe.common * jnp.std(embed) * common_D)
-    model = _with(model, weights)
-    return TrainState(model, recipe.optimizer().init(weights), jnp.int32(0))
+    """The state before the first step: random weights, arranged so that looking up is soon learned."""
+    model = arrange(model, common=recipe.common, seed=recipe.seed)
+    return TrainState(model, recipe.optimizer().init(_weights(model)), jnp.int32(0))
 
 
 def train_step(state: TrainState, batch: Batch, recipe: Recipe, stage: Stage) -> tuple[TrainState, Losses, jax.Array]:

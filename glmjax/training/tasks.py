@@ -1,6 +1,6 @@
-"""What some rows are turned into: blanks to fill, as GLM is trained, lines to recall, and code that comes again.
+"""What some rows are turned into: blanks to fill, as GLM is trained, lines to recall, and tokens that come again.
 
-Both rewrite one document's part of a row and keep its length, so that nothing else moves; what they insert pushes as
+All rewrite one document's part of a row and keep its length, so that nothing else moves; what they insert pushes as
 many tokens off the part's end.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -32,6 +33,22 @@ _PLACES = ("token", "secret", "label", "access", "session", "marker")
 _CHARACTERS = np.array(list(string.ascii_lowercase + string.digits))
 
 
+class Shares(NamedTuple):
+    """Shares of the rows; what is left stays as it is. See `Tasks`.
+
+    Attributes:
+        infill: with blanks.
+        recall: with planted lines.
+        repeat: that repeat themselves.
+        copies: of random tokens, over and over.
+    """
+
+    infill: float = 0.0
+    recall: float = 0.0
+    repeat: float = 0.0
+    copies: float = 0.0
+
+
 class Tasks:
     """Rewrites a share of the rows.
 
@@ -42,26 +59,23 @@ class Tasks:
     `assert name == "value"` follow in the second. Only the values in the latter are predicted; nothing but attention to
     the former, however far away, can tell them.
 
-    Repetition: after the first half comes the first half again, cut into pieces and shuffled. It makes for heads that
-    look up what followed last time, which recall needs and which a text as short as this corpus hardly teaches.
+    Repetition: after the first half comes the first half again, cut into pieces and shuffled.
+
+    Copies: random tokens come over and over, and only what has come before is predicted. Nothing but looking up what
+    followed last time helps there, so that it is learned within a few hundred steps; a text as short as this corpus
+    hardly teaches it, and recall is built on it.
 
     Args:
         tokenizer: of the rows.
-        infill_share: share of the rows with blanks.
-        recall_share: share of the rows with planted lines.
-        repeat_share: share of the rows that repeat themselves.
+        shares: of the rows that each task rewrites.
 
     Raises:
         ValueError: the shares are not within [0, 1] together, or the vocabulary has no tokens for blanks.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, infill_share: float, recall_share: float, repeat_share: float):
-        shares = (infill_share, recall_share, repeat_share)
+    def __init__(self, tokenizer: Tokenizer, shares: Shares):
         if min(shares) < 0 or sum(shares) > 1:
-            raise ValueError(
-                f"infill_share {infill_share}, recall_share {recall_share} and repeat_share {repeat_share} must be "
-                "within [0, 1] together"
-            )
+            raise ValueError(f"{shares} must be within [0, 1], and so must their sum")
         self._bounds = np.cumsum(shares)
         self._tokenizer, self._blanks = tokenizer, BlankTokens.of(tokenizer)
         texts = (tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
@@ -76,7 +90,7 @@ class Tasks:
             rng: decides.
         """
         ids, scored = ids.copy(), np.ones(len(ids), bool)
-        tasks: tuple[Task | None, ...] = (self.with_blanks, self.with_recall, self.with_repeats, None)
+        tasks: tuple[Task | None, ...] = (self.with_blanks, self.with_recall, self.with_repeats, self.with_copies, None)
         task = tasks[int(np.searchsorted(self._bounds, rng.random(), side="right"))]
         begins, counts = np.unique(starts, return_counts=True)
         longest = int(np.argmax(counts))
@@ -145,6 +159,11 @@ class Tasks:
         pieces = [part[begin : min(begin + size, half)] for begin in range(0, half, size)]
         again = [pieces[i] for i in rng.permutation(len(pieces))]
         return np.concatenate([part[:half], *again, part[2 * half :]]), np.ones(len(part), bool)
+
+    def with_copies(self, part: np.ndarray, rng: np.random.Generator) -> Part:
+        """Random tokens as often as they fit."""
+        piece = rng.integers(self._tokenizer.vocab_size, size=int(rng.integers(_SHORTEST_PIECE, len(part) // 2 + 1)))
+        return np.resize(piece, len(part)).astype(np.int32), np.arange(len(part)) >= len(piece)
 
     def _planted(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A line to plant, the question about it and the answer."""

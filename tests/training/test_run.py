@@ -12,11 +12,12 @@ from glmjax.training import plot
 from glmjax.training.export import cast
 from glmjax.training.recipe import Recipe, Stage, balance
 from glmjax.training.run import Run
+from glmjax.training.tasks import Shares
 
 RECIPE = Recipe(
     stages=(
-        Stage(6, 4, 16, "dense", mtp_steps=0, repeat_share=0.0),
-        Stage(4, 2, 32, "sparse", mtp_steps=2, repeat_share=0.0),
+        Stage(6, 4, 16, "dense", mtp_steps=0, shares=Shares()),
+        Stage(4, 2, 32, "sparse", mtp_steps=2, shares=Shares()),
     ),
     warmup_steps=2,
     learning_rate=1e-2,

@@ -1,4 +1,4 @@
-"""Blanks and lines to recall: what a row is turned into, and that nothing else moves."""
+"""Blanks, lines to recall, repetition and copies: what a row is turned into, and that nothing else moves."""
 
 import itertools
 
@@ -10,7 +10,7 @@ import pytest
 from glmjax.model.infill import BlankTokens
 from glmjax.model.tokenizer import Tokenizer
 from glmjax.nano import NANO
-from glmjax.training.tasks import Tasks
+from glmjax.training.tasks import Shares, Tasks
 
 CODE = "".join(f"def f{i}(x):\n    y = x + {i}\n    return y * {i}\n\n" for i in range(40))
 unhurried = hypothesis.settings(max_examples=60, deadline=None)
@@ -20,11 +20,9 @@ BLANKS = BlankTokens.of(TOKENIZER)
 IDS = np.array(TOKENIZER.encode(CODE), np.int32)
 
 
-def tasks(infill=0.0, recall=0.0, repeat=0.0):
-    return Tasks(TOKENIZER, infill_share=infill, recall_share=recall, repeat_share=repeat)
-
-
-FILLING, RECALLING, REPEATING = tasks(infill=1.0), tasks(recall=1.0), tasks(repeat=1.0)
+FILLING, RECALLING, REPEATING, COPYING = (
+    Tasks(TOKENIZER, Shares(**{name: 1.0})) for name in ("infill", "recall", "repeat", "copies")
+)
 
 
 @unhurried
@@ -95,7 +93,7 @@ def test_the_longest_document_alone_is_rewritten(seed, length):
     ids = np.concatenate([IDS[: 300 - length], IDS[:length]]).astype(np.int32)
     starts = np.repeat([0, 300 - length], [300 - length, length])
     longest = slice(0, 300 - length) if 300 - length >= length else slice(300 - length, 300)
-    for task in (FILLING, RECALLING, REPEATING):
+    for task in (FILLING, RECALLING, REPEATING, COPYING):
         out, scored = task(ids, starts, np.random.default_rng(seed))
         rest = np.ones(300, bool)
         rest[longest] = False
@@ -118,12 +116,24 @@ def test_what_repeats_itself_is_the_first_half_in_pieces(seed, length):
     assert scored.all()
 
 
+@unhurried
+@hypothesis.given(seeds, st.integers(48, 300))
+def test_copies_come_over_and_over_and_only_they_are_predicted(seed, length):
+    out, scored = COPYING.with_copies(IDS[:length], np.random.default_rng(seed))
+    period = int(np.argmax(scored))
+    assert 8 <= period <= length // 2
+    assert scored[period:].all()
+    assert not scored[:period].any()
+    np.testing.assert_array_equal(out[period:], out[:-period])
+    assert len(set(out[:period].tolist())) > period * 0.8  # of the whole vocabulary
+
+
 def test_short_documents_and_most_rows_stay_as_they_are():
     ids, starts = IDS[:40], np.zeros(40, np.int32)
     out, scored = FILLING(ids, starts, np.random.default_rng(0))
     np.testing.assert_array_equal(out, ids)
     assert scored.all()
-    some = tasks(infill=0.2, recall=0.1)
+    some = Tasks(TOKENIZER, Shares(infill=0.2, recall=0.1))
     changed = [not some(IDS[:200], np.zeros(200), np.random.default_rng(i))[1].all() for i in range(500)]
     assert 0.24 < np.mean(changed) < 0.36
 
@@ -134,7 +144,9 @@ def test_a_row_is_not_changed_in_place():
     np.testing.assert_array_equal(ids, IDS[:200])
 
 
-@pytest.mark.parametrize("shares", [(-0.1, 0.0, 0.0), (0.0, 0.0, -0.1), (0.7, 0.2, 0.2)])
+@pytest.mark.parametrize(
+    "shares", [Shares(infill=-0.1), Shares(copies=-0.1), Shares(infill=0.7, recall=0.2, repeat=0.2)]
+)
 def test_shares_are_shares(shares):
     with pytest.raises(ValueError, match="within"):
-        tasks(*shares)
+        Tasks(TOKENIZER, shares)
