@@ -8,7 +8,7 @@ export JAX_PLATFORMS ?= cpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready  ## Complete Python code with the model in the box.
-	$(BIN)/python -m glmjax.generate --temperature 0.4 --random-seed 5 --max-new-tokens 40 < docs/demo.txt
+	$(BIN)/python -m glmjax.generate --temperature 0.6 --random-seed 1 --max-new-tokens 40 < docs/demo.txt
 
 test: $(VENV)/ready  ## The whole test suite, on the CPU.
 	$(BIN)/python -m pytest -n 2 --dist loadfile
