@@ -26,8 +26,8 @@ class Drafts(Evaluation):
 
     Attributes:
         num_draft: drafts in a round.
-        sequences: most prompts to continue.
-        prompt_tokens: length of each prompt, the beginning of a text.
+        sequences: most prompts to continue, spread evenly over the texts.
+        prompt_tokens: length of each prompt, a piece of a text.
         new_tokens: to look at after each; 48 more are generated, to tell whether the last of them loop.
         prompts: text files to continue, those that are longer than that; default modules of the standard library that
             the model in the box never saw.
@@ -37,9 +37,9 @@ class Drafts(Evaluation):
     """
 
     num_draft: int = 3
-    sequences: int = 16
+    sequences: int = 64
     prompt_tokens: int = 256
-    new_tokens: int = 128
+    new_tokens: int = 64
     prompts: tuple[Path, ...] = ()
     seed: int = 0
     dtype: Dtype | None = None
@@ -59,7 +59,7 @@ class Drafts(Evaluation):
                 "ask for fewer --prompt-tokens or --new-tokens"
             )
         texts = encode(glm, read_or_held_out(self.prompts))
-        prompts = [text[: self.prompt_tokens] for text in texts if len(text) > self.prompt_tokens][: self.sequences]
+        prompts = pieces(texts, self.prompt_tokens, self.sequences)
         if not prompts:
             raise ValueError(f"no text has more than {self.prompt_tokens} tokens; set --prompt-tokens to fewer")
         found = {
@@ -72,6 +72,18 @@ class Drafts(Evaluation):
             )
         }
         return _report(len(prompts), self.prompt_tokens, self.new_tokens, found)
+
+
+def pieces(texts: Sequence[np.ndarray], length: int, most: int) -> list[np.ndarray]:
+    """Pieces of texts that something follows: the first of each text, the second, …, of which `most` at even distances.
+
+    Args:
+        texts: token ids.
+        length: of a piece.
+        most: how many.
+    """
+    found = [text[i : i + length] for text in texts for i in range(0, len(text) - length, length)]
+    return [found[i * len(found) // most] for i in range(most)] if len(found) > most else found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """What is counted as accepted."""
 
+import numpy as np
 import pytest
 
 from glmjax.evaluation import drafts
-from glmjax.evaluation.drafts import Acceptance, Drafts, acceptance
+from glmjax.evaluation.drafts import Acceptance, Drafts, acceptance, pieces
 from glmjax.evaluation.loops import WINDOW
 from glmjax.evaluation.rollout import Continued
 
 PROMPT, NEW, DRAFTS = 24, 20, 2
-SHAPE = {"prompt_tokens": PROMPT, "new_tokens": NEW, "num_draft": DRAFTS, "sequences": 3}
+SHAPE = {"prompt_tokens": PROMPT, "new_tokens": NEW, "num_draft": DRAFTS, "sequences": 2}
 
 
 # Counting
@@ -48,6 +49,16 @@ def test_a_round_that_runs_past_a_stop_token_does_not_count():
 def test_without_a_round_there_are_no_shares():
     found = acceptance([Continued([7] * 60, [59])], 2, 100)
     assert (found.looping, found.accept_length, found.shares) == (1, None, (None, None))
+
+
+# Prompts
+
+
+def test_prompts_are_pieces_that_something_follows_spread_over_the_texts():
+    texts = [np.arange(25), np.arange(100, 110), np.arange(200, 231)]
+    assert [piece[0] for piece in pieces(texts, 10, 9)] == [0, 10, 200, 210, 220]
+    assert [piece[0] for piece in pieces(texts, 10, 2)] == [0, 200]
+    assert all(len(piece) == 10 for piece in pieces(texts, 10, 9))
 
 
 # Reporting
