@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".hf"
 
 LONG = 4096
-"""Contexts above it are run `long_repeats` times only."""
+"""Contexts above it are run `long_repeats` times only by Hugging Face."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Arguments:
         contexts: prompt lengths in tokens.
         new_tokens: tokens to generate after each; at least 3.
         repeats: runs of each, by turns; medians are printed.
-        long_repeats: runs of contexts above 4096, which take Hugging Face minutes.
+        long_repeats: runs of Hugging Face with contexts above 4096, which take it minutes.
         threads: cores for each side.
         seed: of the prompts.
         gemm_size: side of the square matrices whose product measures the peak.
@@ -102,10 +102,10 @@ def run(glm: GLM, worker: Worker, arguments: Arguments) -> tuple[list[Context], 
         bandwidths.append(read())
         speeds.append(multiply())
         for context, prompt in zip(contexts, prompts, strict=True):
-            if repeat >= (arguments.long_repeats if context.tokens > LONG else arguments.repeats):
-                continue
-            context.theirs.append(watched(theirs, prompt, running=worker.pid, waiting=os.getpid()))
-            context.ours.append(watched(ours, prompt, running=os.getpid(), waiting=worker.pid))
+            if repeat < (arguments.long_repeats if context.tokens > LONG else arguments.repeats):
+                context.theirs.append(watched(theirs, prompt, running=worker.pid, waiting=os.getpid()))
+            if repeat < arguments.repeats:
+                context.ours.append(watched(ours, prompt, running=os.getpid(), waiting=worker.pid))
             first = [f"{side[-1].first_token_seconds:.2f}" for side in (context.ours, context.theirs)]
             print(f"context {context.tokens:,}, run {repeat + 1}: prefill {' and '.join(first)} s", file=sys.stderr)
     return contexts, Limits(max(speeds), median(bandwidths), weight_bytes(glm.weights))
