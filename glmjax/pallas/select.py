@@ -18,7 +18,7 @@ from glmjax.pallas.top_k import ascending, by_bisection, by_sorting, comparable
 
 _BLOCK_BYTES = 64 << 20  # of the scores of a block of queries over the whole context, and of what they are compared by
 _STRETCH = 32768  # keys that few queries choose from at a time
-_SHORTEST_WINDOW, _LONGEST_WINDOW = 2048, 8192  # a quarter of the context between, for few queries
+_SHORTEST_WINDOW, _LONGEST_WINDOW = 1024, 8192  # a quarter of the context between, for few queries
 
 
 class _Queries(NamedTuple):

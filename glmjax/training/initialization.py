@@ -18,7 +18,8 @@ def arrange(model: Transformer, *, common: float, seed: int) -> Transformer:
       network has no biases, and nothing else lets a first layer's attention find "the token before", whatever that is.
     - A way for a token through attention: its outputs write into an embedding's second half what the values read of the
       first (the same weights, transposed), and the head's second half begins as the embedding's first. To attend to a
-      token then makes the same one likelier.
+      token then makes the same one likelier. The MTP layer takes the embedding as it is, beside what it makes of the
+      hidden state, so that the same holds there.
 
     Args:
         model: random weights, not quantised.
@@ -42,4 +43,7 @@ def arrange(model: Transformer, *, common: float, seed: int) -> Transformer:
     if model.head_VD is not None:
         copied_VD = embed_VD[:, :half] * model.config.hidden_size**-0.5
         begin(weights["head_VD"], model.head_VD.values[...].at[:, -half:].set(copied_VD))
+    if model.mtp is not None:
+        projection_D2D = model.mtp.projection_D2D.values[...]
+        begin(weights["mtp"]["projection_D2D"], projection_D2D.at[:, 0].set(jnp.eye(model.config.hidden_size)))
     return nnx.merge(graph, weights)

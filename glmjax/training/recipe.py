@@ -65,12 +65,12 @@ class Recipe:
     """
 
     stages: tuple[Stage, ...] = (
-        Stage(400, 32, 64, "dense", mtp_steps=0, shares=Shares(copies=1.0)),
-        Stage(1500, 16, 256, "dense", mtp_steps=0, shares=_SHARES),
-        Stage(500, 8, 512, "dense", mtp_steps=3, shares=_SHARES),
-        Stage(150, 4, 1024, "dense", mtp_steps=3, shares=_SHARES),
-        Stage(200, 4, 1024, "sparse", mtp_steps=3, shares=_SHARES),
-        Stage(50, 2, 2048, "sparse", mtp_steps=3, shares=_SHARES),
+        Stage(400, 32, 64, "dense", mtp_steps=3, shares=Shares(copies=1.0)),
+        Stage(1500, 16, 256, "dense", mtp_steps=1, shares=_SHARES),
+        Stage(600, 8, 512, "dense", mtp_steps=3, shares=_SHARES),
+        Stage(200, 4, 1024, "dense", mtp_steps=3, shares=_SHARES),
+        Stage(300, 4, 1024, "sparse", mtp_steps=3, shares=_SHARES),
+        Stage(150, 2, 2048, "sparse", mtp_steps=3, shares=_SHARES),
     )
     learning_rate: float = 2.5e-3
     warmup_steps: int = 50

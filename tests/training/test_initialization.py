@@ -37,6 +37,13 @@ def test_attention_to_a_token_makes_it_likelier(tiny_model):
         assert np.median(places(tiny_model, layer)) > 20
 
 
+def test_the_mtp_layer_takes_the_embedding_as_it_is(tiny_model):
+    """Beside what it makes of the hidden state, so that what is arranged for embeddings holds there too."""
+    projection_DzD = arrange(tiny_model, common=1.0, seed=0).mtp.projection_D2D.array
+    np.testing.assert_array_equal(projection_DzD[:, 0], np.eye(tiny_model.config.hidden_size))
+    np.testing.assert_array_equal(projection_DzD[:, 1], tiny_model.mtp.projection_D2D.array[:, 1])
+
+
 def test_the_given_model_keeps_its_weights(tiny_model):
     before = [np.array(leaf) for leaf in jax.tree.leaves(tiny_model)]
     arrange(tiny_model, common=1.0, seed=0)
