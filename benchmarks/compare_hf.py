@@ -102,12 +102,17 @@ def run(glm: GLM, worker: Worker, arguments: Arguments) -> tuple[list[Context], 
         bandwidths.append(read())
         speeds.append(multiply())
         for context, prompt in zip(contexts, prompts, strict=True):
-            if repeat < (arguments.long_repeats if context.tokens > LONG else arguments.repeats):
-                context.theirs.append(watched(theirs, prompt, running=worker.pid, waiting=os.getpid()))
-            if repeat < arguments.repeats:
-                context.ours.append(watched(ours, prompt, running=os.getpid(), waiting=worker.pid))
-            first = [f"{side[-1].first_token_seconds:.2f}" for side in (context.ours, context.theirs)]
-            print(f"context {context.tokens:,}, run {repeat + 1}: prefill {' and '.join(first)} s", file=sys.stderr)
+            theirs_repeats = arguments.long_repeats if context.tokens > LONG else arguments.repeats
+            for name, runs, side, running, waiting, repeats in (
+                ("HF", context.theirs, theirs, worker.pid, os.getpid(), theirs_repeats),
+                ("glmjax", context.ours, ours, os.getpid(), worker.pid, arguments.repeats),
+            ):
+                if repeat < repeats:
+                    runs.append(watched(side, prompt, running=running, waiting=waiting))
+                    seconds = runs[-1].first_token_seconds
+                    print(
+                        f"context {context.tokens:,}, {name} run {repeat + 1}: prefill {seconds:.2f} s", file=sys.stderr
+                    )
     return contexts, Limits(max(speeds), median(bandwidths), weight_bytes(glm.weights))
 
 
