@@ -18,7 +18,7 @@ from glmjax.pallas.top_k import ascending, by_bisection, by_sorting, comparable
 
 _BLOCK_BYTES = 64 << 20  # of the scores of a block of queries over the whole context, and of what they are compared by
 _STRETCH = 32768  # keys that few queries choose from at a time
-_SHORTEST_WINDOW, _LONGEST_WINDOW = 1024, 8192  # a quarter of the context between, for few queries
+_SHORTEST_WINDOW, _LONGEST_WINDOW = 1024, 8192  # half the context between, for few queries
 
 
 class _Queries(NamedTuple):
@@ -106,7 +106,7 @@ def _scores(queries: _Queries, keys: _Keys, begin: Any, size: int, window: int) 
 def _streamed(queries: _Queries, keys: _Keys, k: int) -> jax.Array:
     """The best so far, stretch by stretch; those kept stand before a stretch's own, so ties go to the lower position."""
     size = keys.rows.window_size(keys.pages_BM, _STRETCH)
-    window = min(max(keys.length // 4, _SHORTEST_WINDOW), _LONGEST_WINDOW)
+    window = min(max(keys.length // 2, _SHORTEST_WINDOW), _LONGEST_WINDOW)
     if size == keys.length:
         return by_sorting(_scores(queries, keys, 0, size, window), k)
 
