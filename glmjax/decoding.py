@@ -14,9 +14,10 @@ import numpy as np
 from jax import lax
 
 from glmjax.model.cache import ContiguousCache, last_token
+from glmjax.model.reply import Reply
 from glmjax.model.sampling import Logprobs, logprobs, observe, sample
 from glmjax.model.sampling_params import SamplingParams, SamplingState
-from glmjax.model.stops import StopMatcher, Stops
+from glmjax.model.stops import Stops
 from glmjax.model.tokenizer import Tokenizer
 from glmjax.model.transformer import Transformer
 
@@ -88,9 +89,6 @@ class Generation:
 
     Attributes:
         prompt_ids: what was prefilled.
-        ids: generated so far, a final stop token included.
-        text: shown so far.
-        finish_reason: None until it ends.
     """
 
     def __init__(
@@ -104,13 +102,26 @@ class Generation:
         cache_dtype: jnp.dtype,
     ):
         self.prompt_ids = list(prompt_ids)
-        self.ids: list[int] = []
-        self.text = ""
-        self.finish_reason: str | None = None
+        self._reply = Reply(stops, tokenizer, new_tokens, params.include_stop_str_in_output)
         self._model, self._params, self._stops, self._tokenizer = model, params, stops, tokenizer
         self._new_tokens, self._cache_dtype = new_tokens, cache_dtype
         self._times: list[float] = []  # when it began, and each token came
         self._tokens = self._run()
+
+    @property
+    def ids(self) -> list[int]:
+        """Generated so far, a final stop token included."""
+        return self._reply.ids
+
+    @property
+    def text(self) -> str:
+        """Shown so far."""
+        return self._reply.text
+
+    @property
+    def finish_reason(self) -> str | None:
+        """None until it ends."""
+        return self._reply.finish_reason
 
     def __iter__(self) -> Iterator[Token]:
         return self
@@ -133,22 +144,10 @@ class Generation:
         return Statistics(len(self.prompt_ids), len(self.ids), first, decode, self._params.seed)
 
     def _run(self) -> Iterator[Token]:
-        matcher = StopMatcher(self._stops.strings, self._params.include_stop_str_in_output)
-        detokenizer = self._tokenizer.detokenizer() if self._tokenizer else None
         self._times.append(time.perf_counter())
         for token, scores in self._sampled():
             self._times.append(time.perf_counter())
-            self.ids.append(token)
-            ended = token in self._stops.token_ids
-            piece = detokenizer.push(token) if detokenizer and not ended else ""
-            text, stop = matcher.push(piece)
-            full = len(self.ids) == self._new_tokens
-            if (ended or full) and stop is None and detokenizer:
-                tail, stop = matcher.push(detokenizer.flush())
-                text += tail + matcher.flush()
-            if ended or stop is not None or full:
-                self.finish_reason = "length" if full and not ended and stop is None else "stop"
-            self.text += text
+            text = self._reply.push(token)
             yield _token(token, text, self.finish_reason, scores)
             if self.finish_reason:
                 return

@@ -8,7 +8,7 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,22 @@ class Output:
     hidden_BTD: jax.Array
     mtp_logits_BTV: jax.Array | None
     trace: Trace | None = None
+
+
+class Asked(NamedTuple):
+    """What is to be generated.
+
+    Attributes:
+        ids: the prompt's tokens.
+        params: validated, with a seed.
+        stops: the model's and the request's.
+        new_tokens: most tokens to generate.
+    """
+
+    ids: list[int]
+    params: SamplingParams
+    stops: Stops
+    new_tokens: int
 
 
 def load(
@@ -171,17 +187,42 @@ class GLM:
         Raises:
             ValueError: bad parameters, an empty prompt, an id outside the vocabulary, more tokens than the context has.
         """
+        asked = self.asked(prompt, params, template=template, **fields)
+        return Generation(
+            self.weights, asked.ids, asked.params, asked.stops, self.tokenizer, asked.new_tokens, self.kv_cache_dtype
+        )
+
+    def asked(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        template: Mapping[str, Any] | None = None,
+        limit: int | None = None,
+        **fields: Any,
+    ) -> Asked:
+        """What a call to `generate` comes to, checked.
+
+        Args:
+            prompt: as for `generate`.
+            params: as for `generate`.
+            template: as for `generate`.
+            limit: most tokens, prompt and new ones; default the model's context.
+            **fields: as for `generate`.
+
+        Raises:
+            ValueError: as for `generate`.
+        """
         params = dataclasses.replace(params or SamplingParams(), **fields)
         params.validate(self.config.vocab_size)
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbits(32))
         ids = self.encode(prompt, **(template or {}))
-        room = self._check_length(len(ids), params.max_new_tokens or 1) - len(ids)
+        room = self._check_length(len(ids), params.max_new_tokens or 1, limit) - len(ids)
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; this model was loaded without one")
         stops = self.stops.extended(params.stop_token_ids, params.stop, params.ignore_eos)
-        new_tokens = params.max_new_tokens or room
-        return Generation(self.weights, ids, params, stops, self.tokenizer, new_tokens, self.kv_cache_dtype)
+        return Asked(ids, params, stops, params.max_new_tokens or room)
 
     def infill(self, prefix: str, suffix: str = "", params: SamplingParams | None = None, **fields: Any) -> Generation:
         """Stream what belongs between two texts, for models that were trained on blanks (GLM's `[MASK]`).
@@ -238,8 +279,8 @@ class GLM:
         if outside.size:
             raise ValueError(f"token id {outside[0]} is outside the vocabulary, 0..{self.config.vocab_size - 1}")
 
-    def _check_length(self, prompt: int, new: int) -> int:
-        limit = self.config.max_position_embeddings
+    def _check_length(self, prompt: int, new: int, limit: int | None = None) -> int:
+        limit = limit or self.config.max_position_embeddings
         if prompt + new > limit:
             asked = f"{prompt} tokens" if new == 0 else f"{prompt} prompt tokens and {new} new ones"
             raise ValueError(f"{asked} exceed the model's context of {limit}; shorten the prompt or ask for fewer")

@@ -17,17 +17,46 @@ accepted as often as both would draw the same token.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from glmjax.model.cache import Cache, Step, last_token, previous_hidden
-from glmjax.model.sampling import observe, sample
+from glmjax.model.sampling import noisy, observe, sample
 from glmjax.model.sampling_params import SamplingState
-from glmjax.model.transformer import Transformer
+from glmjax.model.transformer import Hidden
+
+
+@runtime_checkable
+class Network(Protocol):
+    """What is asked of a model: `glmjax.model.transformer.Transformer`, or what stands in for one.
+
+    Attributes:
+        config: with `index_share_for_mtp_iteration`.
+        dtype: of hidden states.
+        mtp: the MTP layer, or None.
+    """
+
+    config: Any
+    dtype: Any
+    mtp: Any
+
+    def backbone(self, ids_BT: jax.Array, cache: Cache, step: Step) -> Hidden:
+        """All layers: hidden states, and the cache with the tokens' rows."""
+        ...
+
+    def draft(
+        self, ids_BT: jax.Array, previous_BTD: jax.Array, cache: Cache, step: Step, *, selected: Any = None
+    ) -> Hidden:
+        """The MTP layer."""
+        ...
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Logits."""
+        ...
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +86,10 @@ class Round(NamedTuple):
     Attributes:
         state: for the next round.
         tokens_BT: int32, the emitted tokens, −1 after them; the first one's position is the old position_B + 1.
-        count_B: int32, how many: the accepted drafts and one more, 0 for an idle slot.
+        count_B: int32, how many: the accepted drafts and one more, within the room; 0 for an idle slot.
+        stopped_B: whether the last of them is a stop token.
+        gap_BT: by how much the token that would have been drawn was ahead of the emitted one, logits and noise together;
+            0 but for forced chains.
         hidden_BTD: the target's hidden states at the old position_B + t, right where t < count_B.
         logits_BTV: the target's logits there, of which tokens_BT were drawn.
     """
@@ -65,14 +97,16 @@ class Round(NamedTuple):
     state: DecodeState
     tokens_BT: Int32[Array, "B T"]
     count_B: Int32[Array, "B"]
+    stopped_B: Bool[Array, "B"]
+    gap_BT: Float[Array, "B T"]
     hidden_BTD: Float[Array, "B T D"]
     logits_BTV: Float[Array, "B T V"]
 
 
 def prefill(
-    model: Transformer, cache: Cache, tail_BD: Float[Array, "B D"], ids_BT: Int[Array, "B T"], step: Step
-) -> tuple[Float[Array, "B D"], Cache]:
-    """A chunk of prompt tokens: the new tail, and the cache with the chunk's rows, the MTP layer's too.
+    model: Network, cache: Cache, tail_BD: Float[Array, "B D"], ids_BT: Int[Array, "B T"], step: Step
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """A chunk of prompt tokens: their hidden states, and the cache with their rows, the MTP layer's too.
 
     Args:
         model: the network.
@@ -82,12 +116,11 @@ def prefill(
         step: of the tokens.
     """
     out = model.backbone(ids_BT, cache, step)
-    cache = _with_mtp_rows(model, out.cache, ids_BT, out.hidden_BTD, tail_BD, step)
-    return last_token(step, out.hidden_BTD, tail_BD), cache
+    return out.hidden_BTD, commit(model, out.cache, tail_BD, ids_BT, out.hidden_BTD, step)
 
 
 def begin(
-    model: Transformer,
+    model: Network,
     cache: Cache,
     tail_BD: Float[Array, "B D"],
     position_B: Int[Array, "B"],
@@ -108,45 +141,110 @@ def begin(
     return DecodeState(cache, tail_BD, token_B, position_B.astype(jnp.int32), observe(sampling, token_B, active_B))
 
 
-def speculate(model: Transformer, state: DecodeState, *, num_draft: int) -> Round:
+def speculate(
+    model: Network,
+    state: DecodeState,
+    *,
+    num_draft: int,
+    room_B: Int[Array, "B"] | None = None,
+    stop_BU: Int[Array, "B U"] | None = None,
+    commits: bool = True,
+) -> Round:
     """One round of draft and verification.
 
-    Every shape follows from `state` and `num_draft`, and the state keeps its own: it can be the body of a
-    `lax.while_loop`. A caller ends a sequence (a stop token, a limit, an abort) by setting its position to −1.
+    Every shape follows from the arguments and the state keeps its own: it can be the body of a `lax.while_loop`. A
+    caller ends a sequence (a limit, an abort) by setting its position to −1.
 
     Args:
         model: the network, with its MTP layer unless `num_draft` is 0.
-        state: of the sequences. Rows that would lie beyond the cache are dropped: tokens are right up to position
-            ``cache.capacity``, and a caller must cut what comes after.
+        state: of the sequences.
         num_draft: how many tokens to draft; 0 is plain decoding, which still writes the MTP layer's rows.
+        room_B: as for `verify`.
+        stop_BU: as for `verify`.
+        commits: as for `verify`.
 
     Raises:
         ValueError: drafts are asked of a model without an MTP layer.
     """
     chain_BT, cache = _draft(model, state, num_draft)
-    step = cache.step(_positions(state.position_B, num_draft + 1))
-    with jax.named_scope("verify"):
-        out = model.backbone(chain_BT, cache, step)
-        logits_BTV = model.head(out.hidden_BTD)
-        tokens_BT, count_B, sampling = _accept(logits_BTV, chain_BT, state)
+    state = dataclasses.replace(state, cache=cache)
+    return verify(model, state, chain_BT, room_B=room_B, stop_BU=stop_BU, commits=commits)
 
-    kept_BT = jnp.arange(num_draft + 1) < count_B[:, None]
+
+def verify(
+    model: Network,
+    state: DecodeState,
+    chain_BT: Int32[Array, "B T"],
+    *,
+    room_B: Int[Array, "B"] | None = None,
+    stop_BU: Int[Array, "B U"] | None = None,
+    forced_B: Bool[Array, "B"] | None = None,
+    commits: bool = True,
+) -> Round:
+    """What the target emits along a chain of guesses, whoever made them: drafts, a grammar, or a record to be confirmed.
+
+    What is emitted, what is counted and what has rows is the same, also where the room or a stop token ends a chain.
+
+    Args:
+        model: the network.
+        state: of the sequences.
+        chain_BT: each sequence's newest token and guesses of those after it.
+        room_B: most tokens to emit, or None for as many as there are: the rows that a cache has left, for it drops
+            those beyond, and what is read afterwards would not be theirs.
+        stop_BU: tokens after which nothing more is emitted; −1 for none.
+        forced_B: sequences that emit their chain whatever would have been drawn; None for none.
+        commits: whether to `commit`; a caller who does not draft may do so later, for many rounds at once.
+    """
+    length = chain_BT.shape[1]
+    step = state.cache.step(_positions(state.position_B, length))
+    with jax.named_scope("verify"):
+        out = model.backbone(chain_BT, state.cache, step)
+        logits_BTV = model.head(out.hidden_BTD)
+        room_B = jnp.full_like(state.position_B, length) if room_B is None else room_B
+        stop_BU = jnp.full((chain_BT.shape[0], 1), -1, jnp.int32) if stop_BU is None else stop_BU
+        forced_B = jnp.zeros(chain_BT.shape[0], bool) if forced_B is None else forced_B
+        tokens_BT, gap_BT, stopped_B, sampling = _accept(logits_BTV, chain_BT, state, room_B, stop_BU, forced_B)
+    count_B = jnp.sum(tokens_BT >= 0, axis=1, dtype=jnp.int32)
+
+    kept_BT = jnp.arange(length) < count_B[:, None]
     kept = out.cache.step(jnp.where(kept_BT, step.positions_BT, -1))
-    cache = _with_mtp_rows(model, out.cache, chain_BT, out.hidden_BTD, state.tail_BD, kept)
-    active_B = count_B > 0
+    cache = commit(model, out.cache, state.tail_BD, chain_BT, out.hidden_BTD, kept) if commits else out.cache
     last_B1 = jnp.maximum(count_B - 1, 0)[:, None]
     newest_B = jnp.take_along_axis(tokens_BT, last_B1, axis=1)[:, 0]
     after = DecodeState(
         cache=cache,
         tail_BD=last_token(kept, out.hidden_BTD, state.tail_BD),
-        token_B=jnp.where(active_B, newest_B, state.token_B),
+        token_B=jnp.where(count_B > 0, newest_B, state.token_B),
         position_B=state.position_B + count_B,
         sampling=sampling,
     )
-    return Round(after, tokens_BT, count_B, out.hidden_BTD, logits_BTV)
+    return Round(after, tokens_BT, count_B, stopped_B, gap_BT, out.hidden_BTD, logits_BTV)
 
 
-def _draft(model: Transformer, state: DecodeState, num_draft: int) -> tuple[jax.Array, Cache]:
+def commit(
+    model: Network,
+    cache: Cache,
+    tail_BD: Float[Array, "B D"],
+    ids_BT: Int[Array, "B T"],
+    hidden_BTD: Float[Array, "B T D"],
+    step: Step,
+) -> Cache:
+    """With the MTP layer's rows of tokens that the target has read. Nothing of the layer but its rows is computed.
+
+    Args:
+        model: the network; without an MTP layer there is nothing to do.
+        cache: with the target's rows of these tokens.
+        tail_BD: the target's hidden state of the token before each sequence's first.
+        ids_BT: the tokens.
+        hidden_BTD: the target's hidden states of them.
+        step: of the tokens that count.
+    """
+    if model.mtp is None:
+        return cache
+    return model.draft(ids_BT, previous_hidden(hidden_BTD, tail_BD), cache, step).cache
+
+
+def _draft(model: Network, state: DecodeState, num_draft: int) -> tuple[jax.Array, Cache]:
     """The newest token and the drafts after it [B, T], and the cache with the provisional MTP rows."""
     cache, sampling, selected = state.cache, state.sampling, None
     token_B, hidden_BTD = state.token_B, state.tail_BD[:, None].astype(model.dtype)
@@ -164,29 +262,35 @@ def _draft(model: Transformer, state: DecodeState, num_draft: int) -> tuple[jax.
 
 
 def _accept(
-    logits_BTV: jax.Array, chain_BT: jax.Array, state: DecodeState
-) -> tuple[jax.Array, jax.Array, SamplingState]:
-    """The target's tokens after each of the chain, as long as they lead along it; how many; and with them counted."""
+    logits_BTV: jax.Array,
+    chain_BT: jax.Array,
+    state: DecodeState,
+    room_B: jax.Array,
+    stop_BU: jax.Array,
+    forced_B: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, SamplingState]:
+    """The tokens after each of the chain, as far as they lead along it, and their gaps; which met a stop; all counted."""
     length = chain_BT.shape[1]
-    draft_BT = jnp.pad(chain_BT[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    guess_BT = jnp.pad(chain_BT[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
 
-    def draw(carry: tuple[SamplingState, jax.Array], t: jax.Array) -> tuple[tuple[SamplingState, jax.Array], jax.Array]:
-        sampling, emits_B = carry
-        token_B = sample(logits_BTV[:, t], sampling, state.position_B + t + 1)
+    def draw(
+        carry: tuple[SamplingState, jax.Array, jax.Array], t: jax.Array
+    ) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        sampling, emits_B, stopped_B = carry
+        emits_B &= t < room_B
+        scores_BV, guess_B = noisy(logits_BTV[:, t], sampling, state.position_B + t + 1), guess_BT[:, t]
+        token_B = jnp.argmax(scores_BV, axis=1).astype(jnp.int32)
+        token_B = jnp.where(forced_B & (guess_B >= 0), guess_B, token_B)
+        gap_B = jnp.max(scores_BV, axis=1) - jnp.take_along_axis(scores_BV, token_B[:, None], axis=1)[:, 0]
         sampling = observe(sampling, token_B, emits_B)
-        return (sampling, emits_B & (token_B == draft_BT[:, t])), jnp.where(emits_B, token_B, -1)
+        stops_B = emits_B & jnp.any(token_B[:, None] == stop_BU, axis=1)
+        goes_on_B = emits_B & ~stops_B & (token_B == guess_B)
+        emitted = jnp.where(emits_B, token_B, -1), jnp.where(emits_B, gap_B, 0)
+        return (sampling, goes_on_B, stopped_B | stops_B), emitted
 
-    (sampling, _), tokens_TB = lax.scan(draw, (state.sampling, state.position_B >= 0), jnp.arange(length))
-    return tokens_TB.T, jnp.sum(tokens_TB >= 0, axis=0, dtype=jnp.int32), sampling
-
-
-def _with_mtp_rows(
-    model: Transformer, cache: Cache, ids_BT: jax.Array, hidden_BTD: jax.Array, tail_BD: jax.Array, step: Step
-) -> Cache:
-    """With the MTP layer's rows of tokens that the target has read. Nothing of the layer but its rows is computed."""
-    if model.mtp is None:
-        return cache
-    return model.draft(ids_BT, previous_hidden(hidden_BTD, tail_BD), cache, step).cache
+    carry = (state.sampling, state.position_B >= 0, jnp.zeros(room_B.shape, bool))
+    (sampling, _, stopped_B), (tokens_TB, gap_TB) = lax.scan(draw, carry, jnp.arange(length))
+    return tokens_TB.T, gap_TB.T, stopped_B, sampling
 
 
 def _positions(position_B: jax.Array, length: int, begin: int = 0) -> jax.Array:

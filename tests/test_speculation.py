@@ -11,13 +11,13 @@ import pytest
 
 from glmjax.glm import GLM, load
 from glmjax.model.assemble import abstract
-from glmjax.model.cache import Cache, ContiguousCache
+from glmjax.model.cache import Cache, ContiguousCache, last_token
 from glmjax.model.config import GlmConfig
 from glmjax.model.sampling_params import SamplingParams, SamplingState
 from glmjax.model.stops import Stops
 from glmjax.model.transformer import Transformer
 from glmjax.model.weights import random_source
-from glmjax.speculation import DecodeState, begin, prefill, speculate
+from glmjax.speculation import DecodeState, begin, prefill, speculate, verify
 
 GOLDEN = Path(__file__).parent / "golden"
 CONTEXT, NEW, DRAFTS = 64, 28, 3
@@ -57,8 +57,9 @@ def token_by_token(glm: GLM, prompt: tuple[int, ...], params: SamplingParams) ->
 @jax.jit
 def started(model, ids_BT, positions_BT, sampling) -> DecodeState:
     cache = ContiguousCache.create(model.config, ids_BT.shape[0], CONTEXT, model.dtype, mtp=True)
-    tail_BD, cache = prefill(model, cache, cache.tail_BD, ids_BT, cache.step(positions_BT))
-    return begin(model, cache, tail_BD, positions_BT.max(axis=1) + 1, sampling)
+    step = cache.step(positions_BT)
+    hidden_BTD, cache = prefill(model, cache, cache.tail_BD, ids_BT, step)
+    return begin(model, cache, last_token(step, hidden_BTD, cache.tail_BD), positions_BT.max(axis=1) + 1, sampling)
 
 
 one_round = jax.jit(speculate, static_argnames="num_draft")
@@ -243,3 +244,55 @@ def test_drafts_need_an_mtp_layer():
         jax.eval_shape(
             lambda m, s: speculate(m, s, num_draft=1).count_B, model, start(tiny().weights, PROMPTS, IN_TURN)
         )
+
+
+# What ends a chain
+
+
+def test_no_more_is_emitted_than_there_is_room_for():
+    """And counts, rows and the state are those of the emitted tokens: the next round goes on as if nothing had been."""
+    model, rooms = tiny().weights, (2, 0, 5)
+    whole, _, _ = speculated(model, start(model, PROMPTS, [PLAIN["penalised"]] * 3))
+    state, emitted = start(model, PROMPTS, [PLAIN["penalised"]] * 3), [[], [], []]
+    for ids, token in zip(emitted, state.token_B.tolist(), strict=True):
+        ids.append(token)
+    for n in range(12):
+        room_B = jnp.array(rooms[n % 3 :] + rooms[: n % 3])
+        out = one_round(model, state, num_draft=DRAFTS, room_B=room_B)
+        assert (out.count_B <= room_B).all()
+        for ids, tokens, count in zip(emitted, out.tokens_BT.tolist(), out.count_B.tolist(), strict=True):
+            ids += tokens[:count]
+        state = out.state
+    for found, wanted in zip(emitted, whole, strict=True):
+        assert len(found) > 8
+        assert found[: len(wanted)] == wanted[: len(found)]
+
+
+def test_nothing_is_emitted_after_a_stop_token():
+    model = tiny().weights
+    whole, _, _ = speculated(model, start(model, PROMPTS, IN_TURN))
+    stops = [ids[9] for ids in whole]
+    state, emitted = start(model, PROMPTS, IN_TURN), [[], [], []]
+    for b, token in enumerate(state.token_B.tolist()):
+        emitted[b].append(token)
+    stop_BU = jnp.array([[stop, -1] for stop in stops])
+    while (np.asarray(state.position_B) >= 0).any():
+        out = one_round(model, state, num_draft=DRAFTS, stop_BU=stop_BU)
+        for ids, tokens, count in zip(emitted, out.tokens_BT.tolist(), out.count_B.tolist(), strict=True):
+            ids += tokens[:count]
+        state = dataclasses.replace(out.state, position_B=jnp.where(out.stopped_B, -1, out.state.position_B))
+    for found, wanted, stop in zip(emitted, whole, stops, strict=True):
+        end = wanted.index(stop, 1) + 1  # the first token was drawn before any round
+        assert found == wanted[:end]
+
+
+@pytest.mark.parametrize("right", [0, 3, 7])
+def test_a_given_chain_is_followed_as_far_as_it_is_right(right):
+    model = tiny().weights
+    whole, _, _ = speculated(model, start(model, PROMPTS, IN_TURN))
+    chain = np.array([ids[:8] for ids in whole], np.int32)
+    chain[:, right + 1 :] = (chain[:, right + 1 :] + 1) % TINY.vocab_size
+    out = jax.jit(verify)(model, start(model, PROMPTS, IN_TURN), chain)
+    assert out.count_B.tolist() == [right + 1] * 3
+    for found, wanted in zip(out.tokens_BT.tolist(), whole, strict=True):
+        assert found[: right + 1] == wanted[1 : right + 2]

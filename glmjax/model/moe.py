@@ -41,15 +41,29 @@ class Experts(nnx.Module):
             forced_BTX: experts to take instead of the best ones (comparisons, replays).
         """
         config = self.config
-        p_BTE = jax.nn.sigmoid(project("BTD,ED->BTE", x_BTD.astype(jnp.float32), self.router_LED.stack, ordinal))
+        p_BTE = self._probabilities(ordinal, x_BTD)
         choice_BTX = forced_BTX
         if choice_BTX is None:
-            score_BTE = lax.stop_gradient(p_BTE) + self.router_bias_LE.at(ordinal)
-            choice_BTX = lax.top_k(self._within_groups(score_BTE), config.num_experts_per_tok)[1]
+            choice_BTX = lax.top_k(self._ranked(ordinal, p_BTE), config.num_experts_per_tok)[1]
         weight_BTX = jnp.take_along_axis(p_BTE, choice_BTX, axis=-1)
         if config.norm_topk_prob:
             weight_BTX = weight_BTX / (jnp.sum(weight_BTX, axis=-1, keepdims=True) + 1e-20)
         return choice_BTX, weight_BTX * config.routed_scaling_factor
+
+    def scores(self, ordinal: Any, x_BTD: jax.Array) -> jax.Array:
+        """What decides who is chosen [B, T, E], float32; −inf outside the groups that are.
+
+        Args:
+            ordinal: index among the sparse layers.
+            x_BTD: normed input.
+        """
+        return self._ranked(ordinal, self._probabilities(ordinal, x_BTD))
+
+    def _probabilities(self, ordinal: Any, x_BTD: jax.Array) -> jax.Array:
+        return jax.nn.sigmoid(project("BTD,ED->BTE", x_BTD.astype(jnp.float32), self.router_LED.stack, ordinal))
+
+    def _ranked(self, ordinal: Any, p_BTE: jax.Array) -> jax.Array:
+        return self._within_groups(lax.stop_gradient(p_BTE) + self.router_bias_LE.at(ordinal))
 
     def _within_groups(self, score_BTE: jax.Array) -> jax.Array:
         """Scores with those outside the best groups at −inf; a group counts as much as its best two experts."""

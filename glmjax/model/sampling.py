@@ -95,16 +95,20 @@ def sample(logits_BV: Float[Array, "B V"], state: SamplingState, position_B: Int
     Greedy slots get no noise. Of equals, the lowest id wins; a row of -inf alone gives token 0. A bias of -inf bars a
     token at every temperature. `position_B` is as for `gumbel_noise`.
     """
+    return jnp.argmax(noisy(logits_BV, state, position_B), axis=1).astype(jnp.int32)
+
+
+def noisy(logits_BV: Float[Array, "B V"], state: SamplingState, position_B: Int[Array, "B"]) -> Float32[Array, "B V"]:
+    """What `sample` takes the largest of."""
     barred_BV = state.bias_BV == -jnp.inf  # added to a logit, it would be bounded as every other bias is
     processed_BV = process(jnp.where(barred_BV, -jnp.inf, logits_BV), state)
     greedy_B = state.temperature_B == 0
 
-    def noisy() -> jax.Array:
+    def with_noise() -> jax.Array:
         noise_BV = gumbel_noise(state.seed_B, position_B, logits_BV.shape[1])
         return processed_BV + jnp.where(greedy_B[:, None], 0, noise_BV)
 
-    scores_BV = jax.lax.cond(jnp.all(greedy_B), lambda: processed_BV, noisy)
-    return jnp.argmax(scores_BV, axis=1).astype(jnp.int32)
+    return jax.lax.cond(jnp.all(greedy_B), lambda: processed_BV, with_noise)
 
 
 @jax.named_scope("logprobs")

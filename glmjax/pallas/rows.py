@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from glmjax.pallas.packed_rows import PackedRows
 from glmjax.pallas.stack import take
 
 
@@ -22,14 +23,21 @@ class Rows:
 
     Attributes:
         values_LGAC: stored rows.
+        packed: how they are packed, where they are not stored as they are.
     """
 
     values_LGAC: Any
+    packed: PackedRows | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
-    def zeros(cls, layers: int, pages: int, page_size: int, width: int, dtype: Any) -> Rows:
-        """An empty arena."""
-        return cls(jnp.zeros((layers, pages, page_size, width), dtype))
+    def zeros(
+        cls, layers: int, pages: int, page_size: int, width: int, dtype: Any, packed: PackedRows | None = None
+    ) -> Rows:
+        """An empty arena; with `packed` of its bytes, whatever the dtype."""
+        shape = layers, pages, page_size
+        return cls(
+            jnp.zeros((*shape, packed.bytes), jnp.uint8) if packed else jnp.zeros((*shape, width), dtype), packed
+        )
 
     @property
     def page_size(self) -> int:
@@ -39,12 +47,12 @@ class Rows:
     @property
     def width(self) -> int:
         """C."""
-        return self.values_LGAC.shape[3]
+        return self.packed.width if self.packed else self.values_LGAC.shape[3]
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one stored row."""
-        return self.width * self.values_LGAC.dtype.itemsize
+        return self.values_LGAC.shape[3] * self.values_LGAC.dtype.itemsize
 
     def append(self, layer: jax.Array | int, rows_BTC: jax.Array, slots_BT: jax.Array) -> Rows:
         """With new rows written: one branch-free scatter, in place on a donated or carried arena.
@@ -57,10 +65,10 @@ class Rows:
         _, pages, page_size, _ = self.values_LGAC.shape
         dropped_BT = (slots_BT < 0) | (slots_BT >= pages * page_size)
         page_BT = jnp.where(dropped_BT, pages, slots_BT // page_size)
-        stored = rows_BTC.astype(self.values_LGAC.dtype)
+        stored = self.packed.pack(rows_BTC) if self.packed else rows_BTC.astype(self.values_LGAC.dtype)
         values_LGAC = self.values_LGAC.at[layer, page_BT, slots_BT % page_size].set(stored, mode="drop")
         # Else XLA makes what is read next out of the arena before the write, which then has to be copied whole.
-        return Rows(lax.optimization_barrier(values_LGAC))
+        return dataclasses.replace(self, values_LGAC=lax.optimization_barrier(values_LGAC))
 
     def of_sequences(self, layer: jax.Array | int, pages_BM: jax.Array | None) -> jax.Array:
         """All rows of each sequence in order, [B, S, C] with S = M · A.
@@ -69,20 +77,19 @@ class Rows:
             layer: whose pages.
             pages_BM: each sequence's pages, or None where page b is sequence b's only one: then it is a view.
         """
-        layer_GAC = take(self.values_LGAC, layer)
         if pages_BM is None:
-            return layer_GAC
+            return self._read(take(self.values_LGAC, layer))
         batch, pages = pages_BM.shape
-        return layer_GAC[pages_BM].reshape(batch, pages * self.page_size, self.width)
+        return self._read(self.values_LGAC[layer, pages_BM].reshape(batch, pages * self.page_size, -1))
 
     def window(self, layer: jax.Array | int, pages_BM: jax.Array | None, start: jax.Array, size: int) -> jax.Array:
         """Rows start … start + size − 1 of each sequence, [B, size, C]; with a page table both are whole pages."""
         if pages_BM is None:
             starts = [jnp.asarray(i, jnp.int32) for i in (layer, 0, start, 0)]
             _, pages, _, width = self.values_LGAC.shape
-            return lax.dynamic_slice(self.values_LGAC, starts, (1, pages, size, width))[0]
+            return self._read(lax.dynamic_slice(self.values_LGAC, starts, (1, pages, size, width))[0])
         pages_BM = lax.dynamic_slice_in_dim(pages_BM, start // self.page_size, size // self.page_size, axis=1)
-        return self.values_LGAC[layer, pages_BM].reshape(pages_BM.shape[0], size, self.width)
+        return self._read(self.values_LGAC[layer, pages_BM].reshape(pages_BM.shape[0], size, -1))
 
     def window_size(self, pages_BM: jax.Array | None, wanted: int) -> int:
         """Rows of a window of about the wanted size."""
@@ -95,8 +102,19 @@ class Rows:
         sequence_B11 = jnp.arange(position_BTK.shape[0], dtype=jnp.int32)[:, None, None]
         page_BTK = sequence_B11 if pages_BM is None else pages_BM[sequence_B11, position_BTK // page_size]
         row_BTK = (jnp.asarray(layer, jnp.int32) * pages + page_BTK) * page_size + position_BTK % page_size
-        return self.values_LGAC.reshape(layers * pages * page_size, width)[row_BTK]
+        return self._read(self.values_LGAC.reshape(layers * pages * page_size, width)[row_BTK])
+
+    def pages(self, page_Z: jax.Array) -> Rows:
+        """Copies of some pages, as they are stored."""
+        return dataclasses.replace(self, values_LGAC=self.values_LGAC[:, page_Z])
+
+    def with_pages(self, page_Z: jax.Array, pages: Rows) -> Rows:
+        """With pages of another arena written over these; a page that is out of range is dropped."""
+        return dataclasses.replace(self, values_LGAC=self.values_LGAC.at[:, page_Z].set(pages.values_LGAC, mode="drop"))
 
     def capacity(self, pages_BM: jax.Array | None) -> int:
         """S, rows a sequence can have."""
         return self.page_size * (1 if pages_BM is None else pages_BM.shape[1])
+
+    def _read(self, stored: jax.Array) -> jax.Array:
+        return self.packed.unpack(stored) if self.packed else stored
