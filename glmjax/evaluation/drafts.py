@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from glmjax.evaluation.arguments import Dtype, Evaluation, encode, read_or_held_out
-from glmjax.evaluation.loops import WINDOW, loop_start
+from glmjax.evaluation.coupling import Coupling, coupling
+from glmjax.evaluation.loops import WINDOW, before_loop
 from glmjax.evaluation.report import Report, percent, table
 from glmjax.evaluation.rollout import Continued, continued
 from glmjax.model.checkpoint import Fp8
 from glmjax.model.sampling_params import SamplingParams
+
+SAMPLED = "temperature 1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +26,9 @@ class Drafts(Evaluation):
     Drafts and target share their noise, so at temperature 1 a draft is accepted where both draw the same token. Text
     that repeats itself is easy to draft: a sequence loops where 48 of its tokens repeat with a period of at most 24. Such
     sequences are counted, and what they do from there on is left out.
+
+    At temperature 1 it is also computed how often drafts would be accepted on the same text by rejection sampling, which
+    no way of accepting surpasses (`glmjax.evaluation.coupling`): what is lost by output that does not depend on drafts.
 
     Attributes:
         num_draft: drafts in a round.
@@ -62,16 +68,16 @@ class Drafts(Evaluation):
         prompts = pieces(texts, self.prompt_tokens, self.sequences)
         if not prompts:
             raise ValueError(f"no text has more than {self.prompt_tokens} tokens; set --prompt-tokens to fewer")
-        found = {
-            name: acceptance(
-                continued(glm, prompts, params, generated, self.num_draft), self.num_draft, self.new_tokens
-            )
+        sequences = {
+            name: continued(glm, prompts, params, generated, self.num_draft)
             for name, params in (
                 ("greedy", SamplingParams(temperature=0)),
-                ("temperature 1", SamplingParams(temperature=1, seed=self.seed)),
+                (SAMPLED, SamplingParams(temperature=1, seed=self.seed)),
             )
         }
-        return _report(len(prompts), self.prompt_tokens, self.new_tokens, found)
+        found = {name: acceptance(of, self.num_draft, self.new_tokens) for name, of in sequences.items()}
+        coupled = coupling(glm, prompts, sequences[SAMPLED], self.num_draft, self.new_tokens)
+        return _report(len(prompts), self.prompt_tokens, self.new_tokens, found, coupled)
 
 
 def pieces(texts: Sequence[np.ndarray], length: int, most: int) -> list[np.ndarray]:
@@ -128,9 +134,8 @@ def acceptance(sequences: Sequence[Continued], num_draft: int, new_tokens: int) 
     """
     kept, looping = [], 0
     for ids, counts in sequences:
-        end, loop = min(len(ids), new_tokens), loop_start(ids)
-        if loop is not None and loop < end:
-            end, looping = loop, looping + 1
+        end = before_loop(ids, new_tokens)
+        looping += end < min(len(ids), new_tokens)
         kept += [n for n, after in zip(counts, 1 + np.cumsum(counts), strict=True) if after <= end]
     accepted = tuple(sum(n > position for n in kept) for position in range(1, num_draft + 1))
     return Acceptance(len(kept), accepted, sum(kept), looping)
@@ -140,7 +145,9 @@ def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def _report(sequences: int, prompt_tokens: int, new_tokens: int, found: dict[str, Acceptance]) -> Report:
+def _report(
+    sequences: int, prompt_tokens: int, new_tokens: int, found: dict[str, Acceptance], coupled: Coupling
+) -> Report:
     lines = [f"{sequences} prompts of {prompt_tokens} tokens, {new_tokens} new tokens of each"]
     for name, of in found.items():
         length = "–" if of.accept_length is None else f"{of.accept_length:.2f}"
@@ -156,6 +163,7 @@ def _report(sequences: int, prompt_tokens: int, new_tokens: int, found: dict[str
             f"{name}: {length} tokens per verify step; {of.looping} of {sequences} sequences loop",
             table(rows),
         ]
+    lines += ["", *_compared(coupled)]
     numbers = {
         "sequences": sequences,
         "prompt_tokens": prompt_tokens,
@@ -169,5 +177,24 @@ def _report(sequences: int, prompt_tokens: int, new_tokens: int, found: dict[str
             }
             for name, of in found.items()
         },
+        "coupling": {**dataclasses.asdict(coupled), "gain": coupled.gain},
     }
     return Report("\n".join(lines), numbers)
+
+
+def _compared(of: Coupling) -> list[str]:
+    """Ways of accepting, a column each, beside what was observed under shared noise."""
+    columns = {**of.expected, "observed": of.observed}
+    rows = [("after accepted", *columns)]
+    rows += [
+        (f"draft {n + 1}", *(percent(column.after_accepted[n]) for column in columns.values()))
+        for n in range(len(of.observed.after_accepted))
+    ]
+    lengths = [column.accept_length for column in columns.values()]
+    rows.append(("tokens per step", *("–" if length is None else f"{length:.3f}" for length in lengths)))
+    gain = "–" if of.gain is None else f"{of.gain:.3f}"
+    return [
+        f"{SAMPLED}, the same text: rejection sampling would emit {gain} times the tokens per verify step; "
+        f"{of.rounds:,} steps observed",
+        table(rows),
+    ]

@@ -21,3 +21,9 @@ def loop_start(tokens: Sequence[int] | np.ndarray) -> int | None:
             pairs = np.convolve(equal, np.ones(run, int), mode="valid")
             starts += np.flatnonzero(pairs == run)[:1].tolist()
     return min(starts, default=None)
+
+
+def before_loop(tokens: Sequence[int] | np.ndarray, most: int) -> int:
+    """How many of the first `most` tokens come before a loop."""
+    loop = loop_start(tokens)
+    return min(len(tokens), most) if loop is None else min(len(tokens), most, loop)

@@ -69,8 +69,8 @@ def _start(model: Transformer, ids_BT: Int[Array, "B T"], sampling: SamplingStat
     batch, length = ids_BT.shape
     cache = ContiguousCache.create(model.config, batch, rows, model.dtype, mtp=True)
     step = cache.step(jnp.broadcast_to(jnp.arange(length), (batch, length)))
-    tail_BD, cache = prefill(model, cache, cache.tail_BD, ids_BT, step)
-    return begin(model, cache, tail_BD, jnp.full(batch, length), sampling)
+    hidden_BTD, cache = prefill(model, cache, cache.tail_BD, ids_BT, step)
+    return begin(model, cache, hidden_BTD[:, -1], jnp.full(batch, length), sampling)
 
 
 @functools.partial(jax.jit, static_argnames=("new_tokens", "num_draft"))

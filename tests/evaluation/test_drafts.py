@@ -80,6 +80,8 @@ def test_the_report_has_both_ways_of_sampling(directory, file, monkeypatch):
     assert "\ntemperature 1: 2.00 tokens" in report.text
     found = report.numbers["temperature_1"]
     assert found["accept_length"] == 1 + sum(found["accepted"]) / found["rounds"]
+    assert "\ntemperature 1, the same text: rejection sampling would emit 1." in report.text
+    assert report.numbers["coupling"]["observed"]["after_accepted"] == (2 / 3, 1 / 2)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from glmjax.evaluation.loops import PERIOD, WINDOW, loop_start
+from glmjax.evaluation.loops import PERIOD, WINDOW, before_loop, loop_start
 
 
 def varied(length):
@@ -36,3 +36,9 @@ def test_these_are_no_loops(tokens):
 def test_the_earliest_loop_counts():
     tokens = [i % 3 for i in range(WINDOW)] + varied(9) + [7] * WINDOW
     assert loop_start(tokens) == 0
+
+
+def test_what_comes_before_a_loop_is_at_most_what_there_is():
+    tokens = varied(20) + [7] * WINDOW
+    assert [before_loop(tokens, most) for most in (10, 30)] == [10, 20]
+    assert before_loop(varied(5), 30) == 5
