@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from glmjax.model.config import ConfigError, GlmConfig
     from glmjax.model.sampling_params import SamplingParams
     from glmjax.model.shards import CheckpointError
+    from glmjax.serving.config import EngineConfig
+    from glmjax.serving.engine import Engine
 
 _WHERE = {
     "load": "glmjax.glm",
@@ -30,6 +32,8 @@ _WHERE = {
     "GlmConfig": "glmjax.model.config",
     "ConfigError": "glmjax.model.config",
     "CheckpointError": "glmjax.model.shards",
+    "Engine": "glmjax.serving.engine",
+    "EngineConfig": "glmjax.serving.config",
 }
 __all__ = [  # noqa: RUF022 (in order of importance)
     "load",
@@ -43,6 +47,8 @@ __all__ = [  # noqa: RUF022 (in order of importance)
     "GlmConfig",
     "ConfigError",
     "CheckpointError",
+    "Engine",
+    "EngineConfig",
 ]
 
 

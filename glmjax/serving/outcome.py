@@ -1,0 +1,172 @@
+"""What logs mean: tokens for clients, sequences that are over, faults, and suspicions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from glmjax.serving.anomaly import AnomalyRules
+from glmjax.serving.errors import AnomalyError, UnavailableError
+from glmjax.serving.pages import OK
+from glmjax.serving.plan import Plan
+from glmjax.serving.programs import Log
+from glmjax.serving.running import Running
+from glmjax.serving.sequence import Leaving, Sequence
+from glmjax.serving.stream import Chunk, Score
+
+MOST_REPLAYS = 3
+"""Times that a request may lose its pages to faults before it fails."""
+
+
+class Outcome:
+    """Reads logs.
+
+    Args:
+        running: who waits and runs.
+        rules: when a request is suspicious.
+        tolerance: by how much another token may be ahead of the one that was emitted, logits and noise together: what
+            programs of different shapes differ by.
+    """
+
+    def __init__(self, running: Running, rules: AnomalyRules, tolerance: float):
+        self._running, self._rules, self._tolerance = running, rules, tolerance
+
+    def read(self, plan: Plan, log: Log, now: float) -> None:
+        """What a dispatch did, told to those it was for.
+
+        Args:
+            plan: that was dispatched.
+            log: of it, on the host.
+            now: `time.monotonic()`.
+        """
+        self._running.counts["dispatches"] += 1
+        for b, sequence in enumerate(plan.sequences):
+            sequence.unread -= 1
+            sequence.promised -= plan.promised[b]
+            if sequence.leaving not in (None, Leaving.PREEMPTED):
+                continue  # nobody wants what may still come
+            if log.fault_B[b] != OK:
+                self._replay(sequence, now)
+            else:
+                self._progress(plan, log, b, now)
+
+    def _progress(self, plan: Plan, log: Log, b: int, now: float) -> None:
+        sequence, running = plan.sequences[b], self._running
+        request, counts = sequence.request, log.count_ZB[: log.rounds, b]
+        count, drafts = int(counts.sum()), plan.shape.width - 1
+        if plan.chunks is not None:
+            sequence.rows = int(plan.chunks.begin_B[b] + plan.chunks.count_B[b])
+            running.keep(sequence)
+        else:
+            sequence.rows = max(sequence.rows, int(log.position_B[b]))
+        if not count:
+            return
+        request.began = now if request.began is None else request.began
+        for sibling in request.siblings:  # they find the prompt's pages in the tree
+            running.waiting.push_back(sibling)
+        request.siblings.clear()
+
+        known = min(count, len(sequence.expected) - sequence.confirmed)
+        if known and not self._confirmed(sequence, log.gap_BS[b, :known], now):
+            return
+        decoded = plan.shape.kind == "decode"
+        if decoded:  # before its last chunk, which tells the statistics
+            self._count_rounds(sequence, counts[counts > 0], drafts)
+        if self._emit(sequence, log, b, known, count, now):
+            sequence.leaving = Leaving.DONE
+        elif decoded:
+            request.detector.push(counts[counts > 0], drafts)
+            if (reason := request.detector.suspicion(len(request.reply.ids))) is not None:
+                self._suspect(sequence, reason, now)
+
+    def _emit(self, sequence: Sequence, log: Log, b: int, begin: int, end: int, now: float) -> bool:
+        """Tokens to the client; whether they were the last."""
+        request, counts, ids, text = sequence.request, self._running.counts, [], ""
+        reply = request.reply
+        for token in log.tokens_BS[b, begin:end].tolist():
+            ids.append(token)
+            text += reply.push(token)
+            if reply.finish_reason:
+                break
+        if not ids:
+            return False
+        counts["new_tokens"] += len(ids)
+        counts["finished"] += reply.finish_reason is not None
+        scores, wanted = (), request.params.logprobs
+        if wanted is not None:
+            scores = tuple(_score(log, b, begin + s, wanted) for s in range(len(ids)))
+        statistics = request.statistics(now) if reply.finish_reason else None
+        request.stream.put(
+            Chunk(tuple(ids), text, request.index, scores, reply.finish_reason, reply.matched, statistics)
+        )
+        return reply.finish_reason is not None
+
+    def _count_rounds(self, sequence: Sequence, counts: np.ndarray, drafts: int) -> None:
+        """What was drafted and accepted in rounds that gave so many tokens each."""
+        request, totals = sequence.request, self._running.counts
+        found = {"rounds": len(counts), "drafted": drafts * len(counts), "accepted": int((counts - 1).sum())}
+        for name, count in found.items():
+            setattr(request, name, getattr(request, name) + count)
+            totals[name] += count
+        for n in range(drafts):
+            totals["accepted", n] += int((counts > n + 1).sum())
+
+    def _replay(self, sequence: Sequence, now: float) -> None:
+        """A fault has taken a sequence's pages: read it again on others."""
+        request = sequence.request
+        request.replays += 1
+        request.loads = False
+        self._running.counts["replays"] += 1
+        sequence.leaving = Leaving.REPLAYED
+        if request.replays > MOST_REPLAYS:
+            text = f"the request's pages were lost {request.replays} times; send it to another replica"
+            self._running.end(request, now, UnavailableError(text))
+
+    # Suspicions
+
+    def _suspect(self, sequence: Sequence, reason: str, now: float) -> None:
+        """Confirm a suspicion, or act on it where the rules say so."""
+        self._running.counts["suspicions"] += 1
+        sequence.request.reason = reason
+        if self._rules.confirm:
+            self._running.suspect(sequence)
+        else:
+            self._abort(sequence, len(sequence.request.reply.ids), now)
+
+    def _confirmed(self, sequence: Sequence, gap_S: np.ndarray, now: float) -> bool:
+        """Whether tokens that had been emitted come again; that of the last of them clears the request."""
+        request = sequence.request
+        wrong = np.flatnonzero(~(gap_S <= self._tolerance))  # NaN is wrong, too
+        if len(wrong):
+            self._garbled(sequence, sequence.confirmed + int(wrong[0]), now)
+            return False
+        sequence.confirmed += len(gap_S)
+        if not sequence.confirming:
+            self._running.counts["benign"] += 1
+            request.detector.benign()
+            request.suspects = frozenset()
+        return True
+
+    def _garbled(self, sequence: Sequence, good: int, now: float) -> None:
+        """The pages held what they should not: so may those who shared them, and what was emitted is wrong."""
+        request, running = sequence.request, self._running
+        for other in running.sequences:
+            if other.leaving is None and not other.expected and request.suspects.intersection(other.leases):
+                other.request.reason = "it shared pages with a garbled one"
+                running.suspect(other)
+        request.suspects = frozenset()
+        if request.stream.take_back(request.index):
+            running.counts["restarts"] += 1
+            request.restart()
+            sequence.leaving = Leaving.REPLAYED
+        else:
+            self._abort(sequence, good, now)
+
+    def _abort(self, sequence: Sequence, good: int, now: float) -> None:
+        self._running.counts["aborts"] += 1
+        self._running.end(sequence.request, now, AnomalyError(sequence.request.reason, good))
+
+
+def _score(log: Log, b: int, s: int, most: int) -> Score:
+    scores = log.scores_BS
+    top = zip(scores.top_ids_BU[b, s, :most].tolist(), scores.top_BU[b, s, :most].tolist(), strict=True)
+    return Score(float(scores.emitted_B[b, s]), int(scores.rank_B[b, s]), tuple(top))

@@ -1,0 +1,263 @@
+"""``python -m glmjax.serving.replay``: dispatch again what an engine has recorded, and see whether the same comes of it.
+
+The same programs run in the same order on the same pages at the same versions, so a fault of the schedule comes again.
+What was in the cache before the recording began is read from its tokens: that comes out the same but for rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import glmjax
+from glmjax.glm import GLM
+from glmjax.model.sampling_params import SamplingParams
+from glmjax.serving.compiled import Programs
+from glmjax.serving.offload import Move
+from glmjax.serving.pages import OK, PagedCache, PageRecords
+from glmjax.serving.plan import Plan, batch_of, frozen
+from glmjax.serving.pool import Lease
+from glmjax.serving.programs import Chunks, Log
+from glmjax.serving.recorder import Filled, Recording, load
+from glmjax.serving.records import split
+from glmjax.serving.request import Request
+from glmjax.serving.sequence import Sequence
+from glmjax.serving.shapes import Shape
+from glmjax.serving.slots import Slots
+from glmjax.serving.tree import Prefix
+
+_NOBODY = Request(prompt=[0], params=SamplingParams(), new_tokens=1)
+
+
+class Again(NamedTuple):
+    """A sequence's part in a dispatch, as it was and as it came again.
+
+    Attributes:
+        number: of the dispatch, in the recording.
+        epoch: of the cache after it; None where its log was never read.
+        request: whose.
+        kind: "read", "decode" or "verify".
+        pages: the sequence's, with their versions.
+        recorded: the tokens it gave then; None where its log was never read.
+        tokens: those it gives now.
+        fault: the verdict on its pages now.
+    """
+
+    number: int
+    epoch: int | None
+    request: int
+    kind: str
+    pages: tuple[Lease, ...]
+    recorded: tuple[int, ...] | None
+    tokens: tuple[int, ...]
+    fault: int
+
+    @property
+    def same(self) -> bool:
+        """Whether the same came of it."""
+        return self.recorded in (None, self.tokens)
+
+
+class Replay:
+    """A device on which a recording is flown again.
+
+    Args:
+        glm: the model that was served.
+        header: of the recording.
+        recording: what to fly.
+    """
+
+    def __init__(self, glm: GLM, header: dict[str, Any], recording: Recording):
+        self._glm, self._recording, self._header = glm, recording, header
+        self._width = header["max_pages"]  # of a sequence
+        self._pages, size = len(recording.snapshot.versions), header["page_size"]
+        self._scratch = [Lease(self._pages + n, 0) for n in range(self._width)]
+        self._cache = PagedCache.create(
+            glm.config,
+            self._pages + self._width,
+            size,
+            jnp.dtype(header["kv_cache_dtype"]),
+            tail_dtype=glm.weights.dtype,
+            mtp=glm.weights.mtp is not None,
+            versioned=header["versioned"],
+        )
+        self._slots = Slots.create(
+            header["max_num_seqs"] + 1, glm.config.hidden_size, glm.config.vocab_size, glm.weights.dtype
+        )  # the last is for what nobody asked for
+        self._programs = Programs(
+            glm.weights,
+            most_rounds=header["max_rounds"],
+            most_retired=header["most_retired"],
+            stop_ids=header["stop_ids"],
+        )
+        self._collected: dict[Prefix, PageRecords] = {}
+
+    def run(self) -> Iterator[Again]:
+        """Everything that was dispatched, part by part."""
+        self._restore()
+        for number, flight in enumerate(self._recording.flights):
+            log = self._fly(flight.plan)
+            for b, request in enumerate(flight.requests):
+                leases = np.stack([flight.plan.batch.table.pages_BM[b], flight.plan.batch.table.versions_BM[b]], 1)
+                yield Again(
+                    number=number,
+                    epoch=None if flight.log is None else int(flight.log.epoch),
+                    request=request,
+                    kind=flight.plan.shape.kind,
+                    pages=tuple(Lease(*lease) for lease in leases.tolist() if lease[0] >= 0),
+                    recorded=None if flight.log is None else _tokens(flight.log, b),
+                    tokens=_tokens(log, b),
+                    fault=int(log.fault_B[b]),
+                )
+
+    def _fly(self, plan: Plan) -> Log | None:
+        shapes = [] if plan.shape is None else [plan.shape]
+        self._programs.compile(shapes, self._cache, self._slots, offloads=bool(plan.moves))
+        tokens = self._glm.tokenizer.vocab_size if self._glm.tokenizer else None
+        for admission in plan.admitted:
+            sampling = admission.sampling(self._glm.config.vocab_size, tokens)
+            self._slots = self._programs.admit(self._slots, admission.slot, admission.generation, sampling)
+        for move in plan.moves:
+            if move.ids:
+                self._land(move)
+            else:
+                self._collect(move)
+        self._cache, self._slots, log = self._programs.dispatch(plan, self._cache, self._slots)
+        return log
+
+    # What was there before
+
+    def _restore(self) -> None:
+        """Read what the snapshot's pages held, all at version 0, and give them their versions."""
+        snapshot, filled = self._recording.snapshot, set()
+        for slot in snapshot.slots:
+            self._fly(Plan(None, (), admitted=(slot.admission,), batch=self._batch(None)))
+        for of in snapshot.cached:
+            self._fill(of, filled, slot=self._header["max_num_seqs"], generation=0)
+        for slot in snapshot.slots:
+            self._fill(slot.filled, filled, slot.admission.slot, slot.admission.generation, slot.newest)
+        versions = jnp.asarray([*snapshot.versions, *[0] * self._width], jnp.int32)
+        self._cache = dataclasses.replace(self._cache, version_G=versions)
+
+    def _fill(self, of: Filled, filled: set[Lease], slot: int, generation: int, newest: int | None = None) -> None:
+        """Read tokens into pages, but for those that have been filled before; then give the slot its newest token."""
+        size = self._header["page_size"]
+        leases = [Lease(lease.page, 0) for lease in of.leases]
+        begin = 0
+        while begin < len(leases) and leases[begin] in filled and (begin + 1) * size <= len(of.ids):
+            begin += 1
+        filled.update(leases[: len(of.ids) // size])
+        self._read(of.ids, leases, slot, generation, begin * size, newest)
+
+    def _read(
+        self,
+        ids: tuple[int, ...],
+        leases: list[Lease],
+        slot: int,
+        generation: int,
+        begin: int,
+        newest: int | None = None,
+    ) -> None:
+        width = self._header["chunk_tokens"]
+        while begin < len(ids) or newest is not None:
+            piece = ids[begin : begin + width]
+            final = newest is not None and begin + len(piece) == len(ids)
+            ids_BT = np.zeros((1, width), np.int32)
+            ids_BT[0, : len(piece)] = piece
+            chunks = Chunks(
+                *frozen(
+                    ids_BT,
+                    np.int32([begin]),
+                    np.int32([len(piece)]),
+                    np.array([final]),
+                    np.int32([newest if final else -1]),
+                )
+            )
+            batch = self._batch(Shape("read", 1, width, self._width), leases, slot, generation)
+            log = self._fly(Plan(Shape("read", 1, width, self._width), (), batch=batch, chunks=chunks))
+            assert int(log.fault_B[0]) == OK, "what the recording began with does not fit into its pages"
+            begin += len(piece)
+            newest = None if final else newest
+
+    def _batch(
+        self, shape: Shape | None, leases: list[Lease] | None = None, slot: int = -1, generation: int = 0
+    ) -> Any:
+        sequence = Sequence(_NOBODY, slot, generation, leases or [], [], 0, 0)
+        shape = shape or Shape("read", 0, 0, 0)
+        return batch_of(shape, [sequence] * shape.batch, (), self._header["most_retired"], self._header["stop_ids"])
+
+    # To the host's memory and back
+
+    def _collect(self, move: Move) -> None:
+        for piece, records, ok_Z in self._programs.collect(self._cache, move):
+            pages = zip(piece.prefixes, split(records), np.asarray(ok_Z), strict=False)
+            self._collected |= {prefix: page for prefix, page, ok in pages if ok}
+
+    def _land(self, move: Move) -> None:
+        if any(prefix not in self._collected for prefix in move.prefixes):  # from before the recording
+            self._collect_again(move)
+        pages = tuple(self._collected[prefix] for prefix in move.prefixes)
+        self._cache, _ = self._programs.land(self._cache, dataclasses.replace(move, pages=pages))
+
+    def _collect_again(self, move: Move) -> None:
+        count = len(move.ids) // self._header["page_size"]
+        scratch = self._scratch[:count]
+        self._read(move.ids, scratch, self._header["max_num_seqs"], 0, 0)
+        self._collect(Move(tuple(scratch[count - len(move.prefixes) :]), move.prefixes))
+        used = np.full(self._header["most_retired"], -1, np.int32)
+        used[:count] = [lease.page for lease in scratch]
+        batch = dataclasses.replace(self._batch(None), retire_Z=used)
+        self._cache, self._slots, _ = self._programs.dispatch(Plan(None, (), batch=batch), self._cache, self._slots)
+        self._scratch[:count] = [Lease(page, version + 1) for page, version in scratch]
+
+
+def _tokens(log: Log, b: int) -> tuple[int, ...]:
+    return tuple(token for token in np.asarray(log.tokens_BS)[b].tolist() if token >= 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Dispatch again what `Engine.record` has saved, and tell what comes out differently.
+
+    Attributes:
+        file: the recording.
+        model_path: directory of the checkpoint that was served; default the model in the box.
+        request: also tell every dispatch of this request.
+        before: replay the recording before the last one.
+    """
+
+    file: tyro.conf.Positional[Path]
+    model_path: Path | None = None
+    request: int | None = None
+    before: bool = False
+
+
+def main(arguments: Arguments) -> int:
+    """Replay and tell; 1 where something came out differently."""
+    header, recordings = load(arguments.file)
+    if arguments.before and len(recordings) < 2:
+        raise ValueError(f"{arguments.file} has one recording only; leave out --before")
+    glm = glmjax.load(arguments.model_path, kv_cache_dtype=header["kv_cache_dtype"])
+    parts = different = 0
+    for again in Replay(glm, header, recordings[-2 if arguments.before else -1]).run():
+        parts += 1
+        different += not again.same
+        if again.request == arguments.request or not again.same:
+            pages = " ".join(f"{page}@{version}" for page, version in again.pages)
+            print(f"dispatch {again.number}, epoch {again.epoch}: request {again.request} {again.kind}, pages {pages}")
+            print(f"    fault {again.fault}, tokens {list(again.tokens)}")
+            if not again.same:
+                print(f"    recorded   {list(again.recorded)}")
+    print(f"{parts} parts of dispatches replayed, {different} came out differently")
+    return int(different > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Arguments, prog="python -m glmjax.serving.replay")))

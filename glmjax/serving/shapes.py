@@ -1,0 +1,91 @@
+"""The shapes that programs are compiled for: few, declared beforehand, and every dispatch takes the smallest that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+from glmjax.serving.config import EngineConfig
+
+
+class Shape(NamedTuple):
+    """Of one program.
+
+    Attributes:
+        kind: "read" prompts, "decode", or "verify" tokens that the host knows.
+        batch: B, sequences.
+        width: T, tokens of a chunk; when decoding, of a round: num_draft + 1; when verifying, of a chain.
+        pages: M, pages of a sequence.
+    """
+
+    kind: Literal["read", "decode", "verify"]
+    batch: int
+    width: int
+    pages: int
+
+
+class Shapes:
+    """All of an engine's.
+
+    Args:
+        config: the engine's.
+        max_model_len: tokens of a sequence.
+
+    Attributes:
+        confirmed: tokens that are confirmed at a time.
+    """
+
+    def __init__(self, config: EngineConfig, max_model_len: int):
+        size = config.page_size
+        most = -(-max_model_len // size)
+        fewest = min(most, max(1, 512 // size))
+        self._pages = [*_doubling(fewest, most)]
+        self._batches = [*_doubling(1, config.max_num_seqs, by=4)]
+        alone = [(1, width) for width in _doubling(size, config.chunk_tokens, by=2)]
+        together = 4
+        fits = together <= config.max_num_seqs and together * size <= config.chunk_tokens
+        self._chunks = [*alone, (together, size)] if fits else alone
+        self.confirmed = size
+        self._width = config.num_draft + 1
+
+    def __iter__(self) -> Iterable[Shape]:
+        for pages in self._pages:
+            yield from (Shape("read", batch, width, pages) for batch, width in self._chunks)
+            yield from (self.decode(batch, pages) for batch in self._batches)
+            yield self.confirm(pages)
+
+    def decode(self, sequences: int, pages: int) -> Shape:
+        """For so many sequences of up to so many pages."""
+        return Shape("decode", _least(self._batches, sequences), self._width, _least(self._pages, pages))
+
+    def confirm(self, pages: int) -> Shape:
+        """For a stretch of one sequence's tokens, with so many pages."""
+        return Shape("verify", 1, self.confirmed, _least(self._pages, pages))
+
+    def read(self, left: Sequence[int], pages: Sequence[int]) -> Shape:
+        """For the prompts at the head of a line: the shape that reads most of them and pads least.
+
+        Args:
+            left: tokens that each of them still has to be read of, in order; at least one.
+            pages: of each.
+        """
+
+        def worth(chunk: tuple[int, int]) -> float:
+            batch, width = chunk
+            useful = sum(min(tokens, width) for tokens in left[:batch])
+            return useful - 0.5 * (batch * width - useful)
+
+        batch, width = max(self._chunks, key=worth)
+        return Shape("read", batch, width, _least(self._pages, max(pages[:batch])))
+
+
+def _doubling(first: int, last: int, by: int = 2) -> Iterable[int]:
+    """first, first · by, …, and last."""
+    while first < last:
+        yield first
+        first *= by
+    yield last
+
+
+def _least(sizes: Sequence[int], wanted: int) -> int:
+    return next(size for size in sizes if size >= wanted)

@@ -1,0 +1,24 @@
+"""A tiny network of the full kind, whose drafts are often right."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from glmjax.glm import GLM
+from glmjax.model.config import GlmConfig
+from glmjax.model.stops import Stops
+from glmjax.model.transformer import Transformer
+from glmjax.model.weights import random_source
+
+CONFIG = dataclasses.replace(GlmConfig.from_dir(Path(__file__).parents[1] / "tiny.json"), vocab_size=16)
+
+
+@functools.cache
+def tiny(vocab: int = CONFIG.vocab_size) -> GLM:
+    """Random weights whose MTP layer goes by the token alone, as the target nearly does: some greedy drafts are right."""
+    model = Transformer(dataclasses.replace(CONFIG, vocab_size=vocab), dtype=jnp.float32, rngs=random_source(0))
+    width = CONFIG.hidden_size
+    model.mtp.projection_D2D.values.set_value(jnp.stack([jnp.eye(width), jnp.zeros((width, width))], axis=1))
+    return GLM(model, None, None, Stops())
