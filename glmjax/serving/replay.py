@@ -25,7 +25,7 @@ from glmjax.serving.pages import OK, PagedCache, PageRecords
 from glmjax.serving.plan import Plan, batch_of, frozen
 from glmjax.serving.pool import Lease
 from glmjax.serving.programs import Chunks, Log
-from glmjax.serving.recorder import Filled, Recording, load
+from glmjax.serving.recorder import Filled, Recording, Snapshot, load
 from glmjax.serving.records import split
 from glmjax.serving.request import Request
 from glmjax.serving.sequence import Sequence
@@ -66,43 +66,27 @@ class Again(NamedTuple):
 
 
 class Replay:
-    """A device on which a recording is flown again.
+    """A device on which recordings are flown again.
 
     Args:
         glm: the model that was served.
-        header: of the recording.
-        recording: what to fly.
+        header: of the recordings.
     """
 
-    def __init__(self, glm: GLM, header: dict[str, Any], recording: Recording):
-        self._glm, self._recording, self._header = glm, recording, header
+    def __init__(self, glm: GLM, header: dict[str, Any]):
+        self._glm, self._header = glm, header
         self._width = header["max_pages"]  # of a sequence
-        self._pages, size = len(recording.snapshot.versions), header["page_size"]
-        self._scratch = [Lease(self._pages + n, 0) for n in range(self._width)]
-        self._cache = PagedCache.create(
-            glm.config,
-            self._pages + self._width,
-            size,
-            jnp.dtype(header["kv_cache_dtype"]),
-            tail_dtype=glm.weights.dtype,
-            mtp=glm.weights.mtp is not None,
-            versioned=header["versioned"],
-        )
-        self._slots = Slots.create(
-            header["max_num_seqs"] + 1, glm.config.hidden_size, glm.config.vocab_size, glm.weights.dtype
-        )  # the last is for what nobody asked for
         self._programs = Programs(
             glm.weights,
             most_rounds=header["max_rounds"],
             most_retired=header["most_retired"],
             stop_ids=header["stop_ids"],
         )
-        self._collected: dict[Prefix, PageRecords] = {}
 
-    def run(self) -> Iterator[Again]:
+    def run(self, recording: Recording) -> Iterator[Again]:
         """Everything that was dispatched, part by part."""
-        self._restore()
-        for number, flight in enumerate(self._recording.flights):
+        self._restore(recording.snapshot)
+        for number, flight in enumerate(recording.flights):
             log = self._fly(flight.plan)
             for b, request in enumerate(flight.requests):
                 leases = np.stack([flight.plan.batch.table.pages_BM[b], flight.plan.batch.table.versions_BM[b]], 1)
@@ -116,6 +100,23 @@ class Replay:
                     tokens=_tokens(log, b),
                     fault=int(log.fault_B[b]),
                 )
+
+    def _begin(self, pages: int) -> None:
+        """An empty cache, with pages of its own behind those that were served, and a slot more."""
+        glm, header = self._glm, self._header
+        self._scratch = [Lease(pages + n, 0) for n in range(self._width)]
+        self._collected: dict[Prefix, PageRecords] = {}
+        self._cache = PagedCache.create(
+            glm.config,
+            pages + self._width,
+            header["page_size"],
+            jnp.dtype(header["kv_cache_dtype"]),
+            tail_dtype=glm.weights.dtype,
+            mtp=glm.weights.mtp is not None,
+            versioned=header["versioned"],
+        )
+        slots = header["max_num_seqs"] + 1
+        self._slots = Slots.create(slots, glm.config.hidden_size, glm.config.vocab_size, glm.weights.dtype)
 
     def _fly(self, plan: Plan) -> Log | None:
         shapes = [] if plan.shape is None else [plan.shape]
@@ -134,9 +135,10 @@ class Replay:
 
     # What was there before
 
-    def _restore(self) -> None:
+    def _restore(self, snapshot: Snapshot) -> None:
         """Read what the snapshot's pages held, all at version 0, and give them their versions."""
-        snapshot, filled = self._recording.snapshot, set()
+        self._begin(len(snapshot.versions))
+        filled: set[Lease] = set()
         for slot in snapshot.slots:
             self._fly(Plan(None, (), admitted=(slot.admission,), batch=self._batch(None)))
         for of in snapshot.cached:
@@ -246,7 +248,7 @@ def main(arguments: Arguments) -> int:
         raise ValueError(f"{arguments.file} has one recording only; leave out --before")
     glm = glmjax.load(arguments.model_path, kv_cache_dtype=header["kv_cache_dtype"])
     parts = different = 0
-    for again in Replay(glm, header, recordings[-2 if arguments.before else -1]).run():
+    for again in Replay(glm, header).run(recordings[-2 if arguments.before else -1]):
         parts += 1
         different += not again.same
         if again.request == arguments.request or not again.same:

@@ -63,7 +63,8 @@ def recorded(tmp_path_factory):
 def test_a_replay_gives_the_recorded_tokens(recorded):
     _, header, recordings = recorded
     assert any(recording.snapshot.slots for recording in recordings)
-    parts = [again for recording in recordings for again in Replay(tiny(), header, recording).run()]
+    replay = Replay(tiny(), header)
+    parts = [again for recording in recordings for again in replay.run(recording)]
     assert all(again.same for again in parts), [again for again in parts if not again.same]
     assert sum(len(again.tokens) for again in parts) > 100
 
@@ -81,7 +82,7 @@ def test_another_model_is_told_apart(recorded):
         dataclasses.replace(flight, plan=dataclasses.replace(flight.plan, chunks=_changed(flight.plan.chunks)))
         for flight in longest.flights
     ]
-    parts = Replay(tiny(), header, dataclasses.replace(longest, flights=flights)).run()
+    parts = Replay(tiny(), header).run(dataclasses.replace(longest, flights=flights))
     assert not all(again.same for again in parts)
 
 
@@ -94,7 +95,7 @@ def test_a_race_comes_again(tmp_path):
     faults = FaultRates(late_landing=0.5, versioned=False)
     stats, header, recordings = serve(dataclasses.replace(CONFIG, faults=faults, recorded_dispatches=10_000), tmp_path)
     assert stats.faults["late_landing"]
-    assert all(again.same for again in Replay(tiny(), header, recordings[-1]).run())
+    assert all(again.same for again in Replay(tiny(), header).run(recordings[-1]))
 
 
 def test_what_is_no_recording_is_refused(tmp_path):
