@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-import glmjax
 from glmjax.glm import GLM
+from glmjax.glm import load as load_model
 from glmjax.model.sampling_params import SamplingParams
+from glmjax.nano import NANO
 from glmjax.serving.compiled import Programs
 from glmjax.serving.offload import Move
 from glmjax.serving.pages import OK, PagedCache, PageRecords
@@ -236,7 +237,7 @@ class Arguments:
     """
 
     file: tyro.conf.Positional[Path]
-    model_path: Path | None = None
+    model_path: Path = NANO
     request: int | None = None
     before: bool = False
 
@@ -246,7 +247,7 @@ def main(arguments: Arguments) -> int:
     header, recordings = load(arguments.file)
     if arguments.before and len(recordings) < 2:
         raise ValueError(f"{arguments.file} has one recording only; leave out --before")
-    glm = glmjax.load(arguments.model_path, kv_cache_dtype=header["kv_cache_dtype"])
+    glm = load_model(arguments.model_path, kv_cache_dtype=header["kv_cache_dtype"])
     parts = different = 0
     for again in Replay(glm, header).run(recordings[-2 if arguments.before else -1]):
         parts += 1
