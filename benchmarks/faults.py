@@ -133,7 +133,7 @@ def serve(engine: Engine, workload: Workload, numbers: range, inflight: int) -> 
 
 def campaign(glm: GLM, workload: Workload, arguments: Arguments, mode: str, config: EngineConfig) -> None:
     """Run what is left of a mode, piece by piece, each into a file of its own."""
-    folder = arguments.results / mode.replace(", ", "-").replace(" ", "_")
+    folder = _folder(arguments, mode)
     folder.mkdir(parents=True, exist_ok=True)
     pieces = [
         range(n, min(n + arguments.piece, arguments.requests)) for n in range(0, arguments.requests, arguments.piece)
@@ -158,11 +158,15 @@ def campaign(glm: GLM, workload: Workload, arguments: Arguments, mode: str, conf
             (folder / f"{numbers.start}.json.part").rename(folder / f"{numbers.start}.json")
 
 
+def _folder(arguments: Arguments, mode: str) -> Path:
+    return arguments.results / mode.replace(", ", "-").replace(" ", "_")
+
+
 def kept(arguments: Arguments, mode: str) -> tuple[dict[int, Outcome], collections.Counter]:
     """What has been run of a mode: outcomes by number, and counters."""
     outcomes: dict[int, Outcome] = {}
     counters: collections.Counter = collections.Counter()
-    for path in (arguments.results / mode.replace(", ", "-").replace(" ", "_")).glob("*.json"):
+    for path in _folder(arguments, mode).glob("*.json"):
         found = json.loads(path.read_text())
         counters.update(found["counters"])
         for n, (status, ids) in zip(range(*found["requests"]), found["outcomes"], strict=True):

@@ -369,7 +369,7 @@ class Engine:
     def _read(self) -> None:
         plan, flight, log, dispatched = self._unread.popleft()
         log, landed, self._landed = jax.device_get(log), jax.device_get(self._landed), []
-        flight.log = log
+        self._recorder.read(flight, log)
         now = time.monotonic()
         seconds = now - max(dispatched, self._last_log)
         self._last_log = now

@@ -1,6 +1,6 @@
 """The flight recorder: what was dispatched lately, so that it can be dispatched again (`glmjax.serving.replay`).
 
-It keeps plans and logs as they are, which costs a reference each, and begins anew every so many dispatches, with a
+It keeps plans and logs without what is large in them (pages that land, logprobs), and begins anew every so many dispatches, with a
 snapshot: whose tokens are in which pages. The last recording and the one before it are there to be saved.
 """
 
@@ -117,10 +117,16 @@ class Recorder:
 
     def dispatched(self, plan: Plan) -> Flight:
         """Keep a plan."""
-        flight = Flight(dataclasses.replace(plan, sequences=()), tuple(s.request.number for s in plan.sequences))
+        moves = tuple(dataclasses.replace(move, pages=()) for move in plan.moves)
+        kept = dataclasses.replace(plan, sequences=(), moves=moves)
+        flight = Flight(kept, tuple(sequence.request.number for sequence in plan.sequences))
         if self._length:
             self._recordings[-1].flights.append(flight)
         return flight
+
+    def read(self, flight: Flight, log: Log) -> None:
+        """Keep what a dispatch did."""
+        flight.log = dataclasses.replace(log, gap_BS=None, scores_BS=None)
 
     def turn(self, running: Running) -> None:
         """Begin another recording where this one is long enough: with what is on the device already, and not yet known."""
