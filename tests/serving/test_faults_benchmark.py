@@ -26,9 +26,15 @@ CONFIG = EngineConfig(
 
 
 @pytest.fixture(scope="module")
-def workload():
+def glm():
+    """Attends to everything: index scores of random weights are often both zero, and every choice would be a tie."""
+    return tiny(index_topk=CONFIG.max_model_len)
+
+
+@pytest.fixture(scope="module")
+def workload(glm):
     texts = [np.random.default_rng(n).integers(0, 16, 200) for n in range(3)]
-    return Workload(tiny(), texts, documents=8, length=24, new_tokens=(4, 12))
+    return Workload(glm, texts, documents=8, length=24, new_tokens=(4, 12))
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +43,19 @@ def arguments(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def report(workload, arguments):
+def report(glm, workload, arguments):
     for mode, made in (
         ("no faults", None),
         ("races, unversioned", dataclasses.replace(RACES, versioned=False)),
         ("races, versioned", RACES),
     ):
-        faults.campaign(tiny(), workload, arguments, mode, dataclasses.replace(CONFIG, faults=made))
-    return faults.report(tiny(), workload, arguments)
+        faults.campaign(glm, workload, arguments, mode, dataclasses.replace(CONFIG, faults=made))
+    return faults.report(glm, workload, arguments)
 
 
 def test_races_make_outputs_wrong_where_nothing_is_versioned(report):
     found = report["races, unversioned"]
-    assert found["wrong"] > 0
+    assert found["wrong"] > found["ties"]
     assert all(found["counters"][name] for name in ("late_landing", "forward_before_ready", "retire_during_transfer"))
 
 
@@ -61,10 +67,10 @@ def test_no_output_is_wrong_where_everything_is(report):
     assert found["counters"]["replays"]
 
 
-def test_what_has_been_run_is_not_run_again(report, workload, arguments, monkeypatch):
+def test_what_has_been_run_is_not_run_again(report, glm, workload, arguments, monkeypatch):
     monkeypatch.setattr(faults, "serve", pytest.fail)
-    faults.campaign(tiny(), workload, arguments, "races, versioned", CONFIG)
-    assert faults.report(tiny(), workload, arguments) == report
+    faults.campaign(glm, workload, arguments, "races, versioned", CONFIG)
+    assert faults.report(glm, workload, arguments) == report
 
 
 def test_a_table_has_a_line_for_each_mode(report):

@@ -16,9 +16,10 @@ CONFIG = dataclasses.replace(GlmConfig.from_dir(Path(__file__).parents[1] / "tin
 
 
 @functools.cache
-def tiny(vocab: int = CONFIG.vocab_size) -> GLM:
+def tiny(vocab: int = CONFIG.vocab_size, index_topk: int = CONFIG.index_topk) -> GLM:
     """Random weights whose MTP layer goes by the token alone, as the target nearly does: some greedy drafts are right."""
-    model = Transformer(dataclasses.replace(CONFIG, vocab_size=vocab), dtype=jnp.float32, rngs=random_source(0))
+    config = dataclasses.replace(CONFIG, vocab_size=vocab, index_topk=index_topk)
+    model = Transformer(config, dtype=jnp.float32, rngs=random_source(0))
     width = CONFIG.hidden_size
     model.mtp.projection_D2D.values.set_value(jnp.stack([jnp.eye(width), jnp.zeros((width, width))], axis=1))
     return GLM(model, None, None, Stops())
