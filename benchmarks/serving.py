@@ -17,6 +17,7 @@ import tyro
 import glmjax
 from benchmarks.measure import machine
 from glmjax.glm import GLM
+from glmjax.nano import NANO
 from glmjax.serving.config import EngineConfig
 from glmjax.serving.engine import Engine
 
@@ -36,7 +37,7 @@ class Arguments:
         max_model_len: most tokens of a sequence; the fewer, the fewer programs are compiled.
     """
 
-    model_path: Path | None = None
+    model_path: Path = NANO
     context: int = 512
     new_tokens: int = 128
     streams: tuple[int, ...] = (1, 4, 16)
@@ -56,6 +57,7 @@ def run(glm: GLM, arguments: Arguments) -> str:
         max_model_len=arguments.max_model_len,
         max_num_seqs=most,
         page_size=arguments.page_size,
+        pages=most * -(-arguments.max_model_len // arguments.page_size),
         num_draft=arguments.num_draft,
     )
 
@@ -92,8 +94,7 @@ def run(glm: GLM, arguments: Arguments) -> str:
 
 def main(arguments: Arguments) -> None:
     """Measure and print."""
-    glm = glmjax.load(arguments.model_path) if arguments.model_path else glmjax.load()
-    print(run(glm, arguments))
+    print(run(glmjax.load(arguments.model_path), arguments))
     print(machine())
 
 

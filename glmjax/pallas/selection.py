@@ -44,10 +44,12 @@ def positions(selected: Selection, k: int) -> Int[Array, "B T K"]:
     """
     if not is_mask(selected):
         return selected
-    length = selected.shape[-1]
-    sorted_BTS = jnp.sort(jnp.where(selected, jnp.arange(length, dtype=jnp.int32), length), axis=-1)
-    first_BTK = sorted_BTS[..., : min(k, length)]
-    return jnp.where(first_BTK == length, -1, first_BTK)
+    batch, queries, length = selected.shape
+    k = min(k, length)
+    place_BTS = jnp.cumsum(selected, axis=-1, dtype=jnp.int32) - 1
+    b, t = jnp.indices((batch, queries), sparse=True)
+    at = b[..., None], t[..., None], jnp.where(selected, place_BTS, k)
+    return jnp.full((batch, queries, k), -1, jnp.int32).at[at].set(jnp.arange(length, dtype=jnp.int32), mode="drop")
 
 
 def mask(position_BTK: Int[Array, "B T K"], length: int) -> Bool[Array, "B T S"]:

@@ -48,8 +48,9 @@ def sparse_attention(
         scores_BTKN = einsum("BTKC,BTNC->BTKN", rows_BTKC, q_BTNC, out=jnp.float32) * scale
         scores_BTNK = jnp.swapaxes(scores_BTKN, 2, 3)
         weights_BTNK, lse_BTN = _softmax(scores_BTNK, position_BTK >= 0)
-        weighted = einsum("BTNK,BTKR->BTNR", weights_BTNK.astype(rows_BTKC.dtype), rows_BTKC[..., :value_width])
-        return weighted.astype(q_BTNC.dtype), lse_BTN
+        # Whole rows: XLA on the CPU would copy the part of them that counts.
+        weighted_BTNC = einsum("BTNK,BTKC->BTNC", weights_BTNK.astype(rows_BTKC.dtype), rows_BTKC)
+        return weighted_BTNC[..., :value_width].astype(q_BTNC.dtype), lse_BTN
 
     batch, _, heads, _ = q_BTNC.shape
     per_query = batch * selected.shape[2] * (rows.row_bytes + 4 * heads)

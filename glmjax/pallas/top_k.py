@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from glmjax.pallas.selection import positions
+
 
 def by_sorting(scores_BTS: Float[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
     """Positions of the k best visible scores, by `lax.top_k`, which is stable: the best for few rows or long ones.
@@ -26,7 +28,8 @@ def by_sorting(scores_BTS: Float[Array, "B T S"], k: int) -> Int[Array, "B T K"]
 
 
 def by_bisection(scores_BTS: Float[Array, "B T S"], k: int) -> Bool[Array, "B T S"]:
-    """The same set as a mask: the k-th largest key bit by bit, then the last of its equals to be taken. No sort.
+    """The same set as a mask: the k-th largest key bit by bit, until k are left or all bits are known, then the last of its
+    equals to be taken. No sort.
 
     Args:
         scores_BTS: as `comparable` makes them.
@@ -38,14 +41,22 @@ def by_bisection(scores_BTS: Float[Array, "B T S"], k: int) -> Bool[Array, "B T 
     def count(condition_BTS: jax.Array) -> jax.Array:
         return jnp.sum(condition_BTS, axis=-1, dtype=jnp.int32)
 
-    def key_bit(i: jax.Array, threshold_BT: jax.Array) -> jax.Array:
+    def unsettled(carry: tuple[jax.Array, ...]) -> jax.Array:
+        bit, _, count_BT = carry
+        return (bit >= 0) & jnp.any(count_BT != k)
+
+    def key_bit(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         # Bit 31 first: adding 2^31 to the smallest integer wraps to 0, which is the sign's half.
-        raised_BT = threshold_BT + lax.shift_left(jnp.int32(1), jnp.int32(31) - i)
-        return jnp.where(count(key_BTS >= raised_BT[..., None]) >= k, raised_BT, threshold_BT)
+        bit, threshold_BT, count_BT = carry
+        raised_BT = threshold_BT + lax.shift_left(jnp.int32(1), bit)
+        above_BT = count(key_BTS >= raised_BT[..., None])
+        enough = above_BT >= k
+        return bit - 1, jnp.where(enough, raised_BT, threshold_BT), jnp.where(enough, above_BT, count_BT)
 
     lowest_BT = jnp.full(key_BTS.shape[:-1], jnp.iinfo(jnp.int32).min, jnp.int32)
-    kth_BT1 = lax.fori_loop(0, 32, key_bit, lowest_BT)[..., None]
-    above_BTS, equal_BTS = key_BTS > kth_BT1, key_BTS == kth_BT1
+    all_BT = jnp.full_like(lowest_BT, key_BTS.shape[-1])
+    _, threshold_BT, _ = lax.while_loop(unsettled, key_bit, (jnp.int32(31), lowest_BT, all_BT))
+    above_BTS, equal_BTS = key_BTS > threshold_BT[..., None], key_BTS == threshold_BT[..., None]
     wanted_BT = k - count(above_BTS)
     length = scores_BTS.shape[-1]
     position_S, bits = jnp.arange(length, dtype=jnp.int32), length.bit_length()
@@ -60,6 +71,16 @@ def by_bisection(scores_BTS: Float[Array, "B T S"], k: int) -> Bool[Array, "B T 
     end_BT = lax.fori_loop(0, jnp.where(tied, bits, 0), end_bit, nowhere_BT)
     end_BT = jnp.where(tied, end_BT, length)
     return (above_BTS | (equal_BTS & (position_S < end_BT[..., None]))) & (scores_BTS != -jnp.inf)
+
+
+def by_placing(scores_BTS: Float[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
+    """What `by_sorting` gives, by bisection: the best for rows that are not long.
+
+    Args:
+        scores_BTS: as `comparable` makes them.
+        k: at most S.
+    """
+    return positions(by_bisection(scores_BTS, k), k)
 
 
 def comparable(scores_BTS: Float[Array, "B T S"], visible_BTS: Bool[Array, "B T S"]) -> Float[Array, "B T S"]:

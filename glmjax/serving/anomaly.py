@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-
-import numpy as np
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +54,10 @@ class Detector:
         self._rounds: deque[tuple[int, int]] = deque(maxlen=rules.window)  # tokens and drafts of each
         self._silent = self._silence = 0  # rounds that it still keeps silent, and how many the last time
 
-    def push(self, counts: np.ndarray, drafts: int) -> None:
+    def push(self, counts: Sequence[int], drafts: int) -> None:
         """Rounds: the tokens that each gave, with so many drafts. Those of grammars and without drafts do not count."""
         if drafts:
-            self._rounds.extend((int(count), drafts) for count in counts)
+            self._rounds.extend((count, drafts) for count in counts)
             self._silent = max(0, self._silent - len(counts))
 
     def suspicion(self, tokens: int) -> str | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from glmjax.glm import GLM, Prompt
 from glmjax.model.sampling_params import SamplingParams
@@ -368,7 +369,9 @@ class Engine:
 
     def _read(self) -> None:
         plan, flight, log, dispatched = self._unread.popleft()
-        log, landed, self._landed = jax.device_get(log), jax.device_get(self._landed), []
+        if not plan.batch.scored:
+            log = dataclasses.replace(log, scores_BS=None)
+        log, landed, self._landed = jax.tree.map(np.asarray, log), self._landed, []
         self._recorder.read(flight, log)
         now = time.monotonic()
         seconds = now - max(dispatched, self._last_log)
@@ -376,6 +379,7 @@ class Engine:
         self._device_seconds += seconds
         self._scheduler.learn(plan, log, seconds)
         for count, ok_Z in landed:
-            self._running.counts["landed"] += int(ok_Z[:count].sum())
-            self._running.counts["dropped"] += int(count - ok_Z[:count].sum())
+            written = int(np.asarray(ok_Z)[:count].sum())
+            self._running.counts["landed"] += written
+            self._running.counts["dropped"] += count - written
         self._outcome.read(plan, log, now)

@@ -39,7 +39,8 @@ class Outcome:
             now: `time.monotonic()`.
         """
         self._running.counts["dispatches"] += 1
-        for b, sequence in enumerate(plan.sequences):
+        told = zip(log.tokens_BS.tolist(), log.count_ZB[: log.rounds].T.tolist(), strict=True)
+        for b, (sequence, (tokens, counts)) in enumerate(zip(plan.sequences, told, strict=False)):
             sequence.unread -= 1
             sequence.promised -= plan.promised[b]
             if sequence.leaving not in (None, Leaving.PREEMPTED):
@@ -47,42 +48,43 @@ class Outcome:
             if log.fault_B[b] != OK:
                 self._replay(sequence, now)
             else:
-                self._progress(plan, log, b, now)
+                counts = [count for count in counts if count]
+                self._progress(plan, log, b, tokens[: sum(counts)], counts, now)
 
-    def _progress(self, plan: Plan, log: Log, b: int, now: float) -> None:
+    def _progress(self, plan: Plan, log: Log, b: int, tokens: list[int], counts: list[int], now: float) -> None:
+        """A sequence got tokens, so many in each round that gave any."""
         sequence, running = plan.sequences[b], self._running
-        request, counts = sequence.request, log.count_ZB[: log.rounds, b]
-        count, drafts = int(counts.sum()), plan.shape.width - 1
+        request, drafts = sequence.request, plan.shape.width - 1
         if plan.chunks is not None:
             sequence.rows = int(plan.chunks.begin_B[b] + plan.chunks.count_B[b])
             running.keep(sequence)
         else:
             sequence.rows = max(sequence.rows, int(log.position_B[b]))
-        if not count:
+        if not tokens:
             return
         request.began = now if request.began is None else request.began
         for sibling in request.siblings:  # they find the prompt's pages in the tree
             running.waiting.push_back(sibling)
         request.siblings.clear()
 
-        known = min(count, len(sequence.expected) - sequence.confirmed)
+        known = min(len(tokens), len(sequence.expected) - sequence.confirmed)
         if known and not self._confirmed(sequence, log.gap_BS[b, :known], now):
             return
         decoded = plan.shape.kind == "decode"
         if decoded:  # before its last chunk, which tells the statistics
-            self._count_rounds(sequence, counts[counts > 0], drafts)
-        if self._emit(sequence, log, b, known, count, now):
+            self._count_rounds(sequence, counts, drafts)
+        if self._emit(sequence, log, b, tokens, known, now):
             sequence.leaving = Leaving.DONE
         elif decoded:
-            request.detector.push(counts[counts > 0], drafts)
+            request.detector.push(counts, drafts)
             if (reason := request.detector.suspicion(len(request.reply.ids))) is not None:
                 self._suspect(sequence, reason, now)
 
-    def _emit(self, sequence: Sequence, log: Log, b: int, begin: int, end: int, now: float) -> bool:
-        """Tokens to the client; whether they were the last."""
+    def _emit(self, sequence: Sequence, log: Log, b: int, tokens: list[int], begin: int, now: float) -> bool:
+        """Tokens to the client, those from `begin` on; whether they were the last."""
         request, counts, ids, text = sequence.request, self._running.counts, [], ""
         reply = request.reply
-        for token in log.tokens_BS[b, begin:end].tolist():
+        for token in tokens[begin:]:
             ids.append(token)
             text += reply.push(token)
             if reply.finish_reason:
@@ -100,15 +102,15 @@ class Outcome:
         )
         return reply.finish_reason is not None
 
-    def _count_rounds(self, sequence: Sequence, counts: np.ndarray, drafts: int) -> None:
+    def _count_rounds(self, sequence: Sequence, counts: list[int], drafts: int) -> None:
         """What was drafted and accepted in rounds that gave so many tokens each."""
         request, totals = sequence.request, self._running.counts
-        found = {"rounds": len(counts), "drafted": drafts * len(counts), "accepted": int((counts - 1).sum())}
+        found = {"rounds": len(counts), "drafted": drafts * len(counts), "accepted": sum(counts) - len(counts)}
         for name, count in found.items():
             setattr(request, name, getattr(request, name) + count)
             totals[name] += count
         for n in range(drafts):
-            totals["accepted", n] += int((counts > n + 1).sum())
+            totals["accepted", n] += sum(count > n + 1 for count in counts)
 
     def _replay(self, sequence: Sequence, now: float) -> None:
         """A fault has taken a sequence's pages: read it again on others."""

@@ -17,11 +17,15 @@ from jax import lax
 from glmjax.model.cache import last_token
 from glmjax.model.sampling import Logprobs, logprobs, noisy, observe
 from glmjax.model.sampling_params import MAX_LOGPROBS
+from glmjax.pallas.blocks import window_start
 from glmjax.serving import pages
 from glmjax.serving.pages import OK, PagedCache, PageTable
 from glmjax.serving.slots import Slots
 from glmjax.serving.view import PagedView
 from glmjax.speculation import DecodeState, commit, prefill, speculate, verify
+
+_COMMITTED_ROUNDS = 8
+"""Rounds whose MTP rows are written at a time: a dispatch may have room for many more than it runs."""
 
 Given = jax.Array | np.ndarray
 """Of a plan: the host's array, or what it is within the program."""
@@ -232,15 +236,39 @@ def decode_rounds(
     n, state, stopped_B, count_ZB, (tokens_BS, hidden_BSD, scores_BS) = lax.while_loop(
         unfinished, body, (jnp.int32(0), running.state, *nothing, stretch)
     )
-    if not num_draft:  # nobody drafts, so nobody has read the MTP layer's rows: write them all at once
+    if not num_draft:  # nobody drafts, so nobody has read the MTP layer's rows: write those of many rounds at once
         read_BS = jnp.concatenate([mine.token_B[:, None], tokens_BS[:, :-1]], axis=1)
-        offset_S = jnp.arange(shape[1], dtype=jnp.int32)
-        kept_BS = offset_S < (state.position_B - begin_B)[:, None]
-        step = state.cache.step(jnp.where(kept_BS, begin_B[:, None] + offset_S, -1))
-        view = commit(model, state.cache, mine.tail_BD, read_BS, hidden_BSD, step)
+        stretch = mine.tail_BD, read_BS, hidden_BSD
+        view = _commit_rounds(model, state.cache, begin_B, state.position_B, *stretch, n)
         state = dataclasses.replace(state, cache=view)
     no_gap_BS = jnp.zeros(shape)
     return running.after(state, stopped_B, tokens_BS, no_gap_BS, hidden_BSD, scores_BS, count_ZB, n)
+
+
+def _commit_rounds(
+    model: Any,
+    view: PagedView,
+    begin_B: jax.Array,
+    end_B: jax.Array,
+    tail_BD: jax.Array,
+    read_BS: jax.Array,
+    hidden_BSD: jax.Array,
+    rounds: jax.Array,
+) -> PagedView:
+    """With MTP rows begin … end − 1 of each sequence: of what was read in rounds without drafts, some rounds at a time."""
+    most = read_BS.shape[1]
+    size = min(most, _COMMITTED_ROUNDS)
+    offset_T = jnp.arange(size, dtype=jnp.int32)
+
+    def some(n: jax.Array, view: PagedView) -> PagedView:
+        start = window_start(n, size, most)
+        ids_BT, hidden_BTD = (lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (read_BS, hidden_BSD))
+        before_BD = jnp.where(start > 0, hidden_BSD[:, start - 1], tail_BD.astype(hidden_BSD.dtype))
+        position_BT = begin_B[:, None] + start + offset_T
+        step = view.step(jnp.where(position_BT < end_B[:, None], position_BT, -1))
+        return commit(model, view, before_BD, ids_BT, hidden_BTD, step)
+
+    return lax.fori_loop(0, -(-rounds // size), some, view)
 
 
 def verify_chain(

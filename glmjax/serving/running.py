@@ -69,8 +69,8 @@ class Running:
 
     @property
     def pressed(self) -> bool:
-        """Whether somebody waits for the device: for a slot, or for his prompt to be read."""
-        return bool(len(self.waiting)) or any(s.reads for s in self.sequences)
+        """Whether somebody waits for the device. Who waits for a slot or for pages does not: no dispatch is in his way."""
+        return any(s.reads for s in self.sequences)
 
     # Requests
 
