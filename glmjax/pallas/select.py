@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ from glmjax.pallas.top_k import ascending, by_bisection, by_placing, by_sorting,
 
 _BLOCK_BYTES = 64 << 20  # of the scores of a block of queries over the whole context, and of what they are compared by
 _STRETCH = 32768  # keys that few queries choose from at a time
-_PARTS = 0.25, 0.5, 0.625, 0.75, 0.875  # of a cache that is not full
+_PLACED_RATIO = 16  # up to so many times the chosen keys, bisection beats sorting, which is done row by row
 _SHORTEST_WINDOW, _LONGEST_WINDOW = 1024, 8192  # half the context between, for few queries
 
 
@@ -76,7 +75,7 @@ def select(
     queries, keys = lax.stop_gradient((_Queries(q_BTIJ, head_weights_BTI, first_BT, last_BT), keys))
     batch, count, heads, _ = q_BTIJ.shape
     if count <= selection.FEW_QUERIES:
-        return _of_few(queries, keys, k)
+        return _streamed(queries, keys, k)
     method = by_bisection if selection.prefers_mask(count, keys.length, k) else by_sorting
 
     def block(*queries: jax.Array) -> jax.Array:
@@ -105,25 +104,13 @@ def _scores(queries: _Queries, keys: _Keys, begin: Any, size: int, window: int) 
     return comparable(scores_BTS, selection.visible(first_BT, last_BT, size))
 
 
-def _of_few(queries: _Queries, keys: _Keys, k: int) -> jax.Array:
-    """Positions. Of a cache that is not full, the least part that holds everything visible is chosen from."""
+def _streamed(queries: _Queries, keys: _Keys, k: int) -> jax.Array:
+    """The best so far, stretch by stretch; those kept stand before a stretch's own, so ties go to the lower position."""
     size = keys.rows.window_size(keys.pages_BM, _STRETCH)
     window = min(max(keys.length // 2, _SHORTEST_WINDOW), _LONGEST_WINDOW)
-    if size < keys.length:
-        return _streamed(queries, keys, size, window, k)
-
-    def part(size: int) -> jax.Array:
-        scores_BTS = _scores(queries, keys, 0, size, window)
-        return by_placing(scores_BTS, k) if size <= selection.MASK_RATIO * k else by_sorting(scores_BTS, k)
-
-    sizes = [keys.rows.window_size(keys.pages_BM, int(share * size)) for share in _PARTS]
-    sizes = [*sorted({part for part in sizes if k <= part < size}), size]
-    fitting = jnp.sum(jnp.max(queries.last_BT) >= jnp.array(sizes[:-1], jnp.int32), dtype=jnp.int32)
-    return lax.switch(fitting, [functools.partial(part, size) for size in sizes])
-
-
-def _streamed(queries: _Queries, keys: _Keys, size: int, window: int, k: int) -> jax.Array:
-    """The best so far, stretch by stretch; those kept stand before a stretch's own, so ties go to the lower position."""
+    if size == keys.length:
+        method = by_placing if size <= _PLACED_RATIO * k else by_sorting
+        return method(_scores(queries, keys, 0, size, window), k)
 
     def step(n: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         score_BTK, position_BTK = best
