@@ -57,7 +57,7 @@ class Arguments:
     tokenizer_path: Path | None = None
     load_format: LoadFormat = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None
-    kv_cache_dtype: Literal["float32", "bfloat16"] | None = None
+    kv_cache_dtype: Literal["float32", "bfloat16", "fp8"] | None = None
     fp8: Fp8 = "keep"
     infill: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="PREFIX SUFFIX")] = None
     chat: bool = False
