@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from glmjax.decoding import Generation, Statistics, Token
     from glmjax.glm import GLM, Output, Trace, load
+    from glmjax.kept_programs import compilation_cache
     from glmjax.model.config import ConfigError, GlmConfig
     from glmjax.model.sampling_params import SamplingParams
     from glmjax.model.shards import CheckpointError
@@ -34,6 +35,7 @@ _WHERE = {
     "CheckpointError": "glmjax.model.shards",
     "Engine": "glmjax.serving.engine",
     "EngineConfig": "glmjax.serving.config",
+    "compilation_cache": "glmjax.kept_programs",
 }
 __all__ = [  # noqa: RUF022 (in order of importance)
     "load",
@@ -49,6 +51,7 @@ __all__ = [  # noqa: RUF022 (in order of importance)
     "CheckpointError",
     "Engine",
     "EngineConfig",
+    "compilation_cache",
 ]
 
 
