@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from glmjax.model.shards import CheckpointError
     from glmjax.serving.config import EngineConfig
     from glmjax.serving.engine import Engine
+    from glmjax.serving.hooks import Hooks
 
 _WHERE = {
     "load": "glmjax.glm",
@@ -35,6 +36,7 @@ _WHERE = {
     "CheckpointError": "glmjax.model.shards",
     "Engine": "glmjax.serving.engine",
     "EngineConfig": "glmjax.serving.config",
+    "Hooks": "glmjax.serving.hooks",
     "compilation_cache": "glmjax.kept_programs",
 }
 __all__ = [  # noqa: RUF022 (in order of importance)
@@ -51,6 +53,7 @@ __all__ = [  # noqa: RUF022 (in order of importance)
     "CheckpointError",
     "Engine",
     "EngineConfig",
+    "Hooks",
     "compilation_cache",
 ]
 
