@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from glmjax.decoding import Generation, Statistics, Token
     from glmjax.glm import GLM, Output, Trace, load
+    from glmjax.kept_programs import compilation_cache
     from glmjax.model.config import ConfigError, GlmConfig
     from glmjax.model.sampling_params import SamplingParams
     from glmjax.model.shards import CheckpointError
     from glmjax.serving.config import EngineConfig
     from glmjax.serving.engine import Engine
+    from glmjax.serving.hooks import Hooks
 
 _WHERE = {
     "load": "glmjax.glm",
@@ -34,6 +36,8 @@ _WHERE = {
     "CheckpointError": "glmjax.model.shards",
     "Engine": "glmjax.serving.engine",
     "EngineConfig": "glmjax.serving.config",
+    "Hooks": "glmjax.serving.hooks",
+    "compilation_cache": "glmjax.kept_programs",
 }
 __all__ = [  # noqa: RUF022 (in order of importance)
     "load",
@@ -49,6 +53,8 @@ __all__ = [  # noqa: RUF022 (in order of importance)
     "CheckpointError",
     "Engine",
     "EngineConfig",
+    "Hooks",
+    "compilation_cache",
 ]
 
 

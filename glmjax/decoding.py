@@ -86,6 +86,7 @@ class Generation:
         stops: the model's and the request's.
         tokenizer: for the text, or None.
         new_tokens: most tokens to generate.
+        cache_dtype: of cached rows.
 
     Attributes:
         prompt_ids: what was prefilled.
@@ -208,7 +209,7 @@ class Decoded:
 @functools.partial(jax.jit, static_argnames=("rows", "dtype"), keep_unused=True)
 def empty(model: Transformer, rows: int, dtype: jnp.dtype) -> ContiguousCache:
     """An empty cache that lives where the model does, like those to come: else `prefill` would be compiled twice."""
-    return ContiguousCache.create(model.config, 1, rows, dtype)
+    return ContiguousCache.create(model.config, 1, rows, dtype, model_dtype=model.dtype)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

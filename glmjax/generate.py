@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
 import tyro
 
 from glmjax.decoding import Generation
 from glmjax.glm import load
+from glmjax.kept_programs import compilation_cache
 from glmjax.model.checkpoint import Fp8, LoadFormat
 from glmjax.model.config import GlmConfig
 from glmjax.model.sampling_params import SamplingParams
@@ -57,7 +56,7 @@ class Arguments:
     tokenizer_path: Path | None = None
     load_format: LoadFormat = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None
-    kv_cache_dtype: Literal["float32", "bfloat16"] | None = None
+    kv_cache_dtype: Literal["float32", "bfloat16", "fp8"] | None = None
     fp8: Fp8 = "keep"
     infill: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="PREFIX SUFFIX")] = None
     chat: bool = False
@@ -162,15 +161,8 @@ def _summary(generation: Generation, end: str | None, sampled: bool) -> str:
     return f"[{'; '.join(parts)}]"
 
 
-def _keep_compilations() -> None:
-    """Without JAX_COMPILATION_CACHE_DIR, keep programs in the user's cache: the next start then takes a second or two."""
-    if jax.config.jax_compilation_cache_dir is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "glmjax"))
-
-
 if __name__ == "__main__":
-    _keep_compilations()
+    compilation_cache()  # the next start then takes a second or two
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     sys.exit(main())

@@ -17,7 +17,7 @@ import numpy as np
 from glmjax.decoding import Generation
 from glmjax.model import checkpoint
 from glmjax.model.assemble import Placement, on_one_device
-from glmjax.model.cache import previous_hidden, whole_sequences
+from glmjax.model.cache import previous_hidden, row_dtype, whole_sequences
 from glmjax.model.chat import ChatTemplate
 from glmjax.model.config import GlmConfig
 from glmjax.model.infill import BlankTokens
@@ -95,8 +95,8 @@ def load(
     """Load a model with its tokenizer; without a path the one in the box.
 
     See `glmjax.model.checkpoint.load` for the arguments and errors. A directory without ``tokenizer.json`` gives a model
-    that takes and gives token ids only. ``kv_cache_dtype`` is that of cached rows: default the model's, or bfloat16 under
-    a float32 model.
+    that takes and gives token ids only. ``kv_cache_dtype`` is that of cached rows, default the model's: "float32",
+    "bfloat16", or "fp8", which keeps a byte a number and scales (`glmjax.pallas.packed_rows`).
     """
     weights = checkpoint.load(
         model_path, dtype=dtype, load_format=load_format, fp8=fp8, mtp=mtp, place=place, seed=seed
@@ -120,7 +120,7 @@ class GLM:
         tokenizer: None where the checkpoint has none.
         chat_template: the checkpoint's own, or None.
         stops: token ids that end a generation.
-        kv_cache_dtype: of the rows that `generate` caches.
+        kv_cache_dtype: of the rows that `generate` and engines cache.
     """
 
     def __init__(
@@ -132,9 +132,7 @@ class GLM:
         kv_cache_dtype: Any = None,
     ):
         self.weights, self.tokenizer, self.chat_template, self.stops = weights, tokenizer, chat_template, stops
-        self.kv_cache_dtype = jnp.dtype(kv_cache_dtype or weights.dtype)
-        if self.kv_cache_dtype not in (jnp.float32, jnp.bfloat16):
-            raise ValueError(f"kv_cache_dtype is {self.kv_cache_dtype}; rows are cached in float32 or bfloat16")
+        self.kv_cache_dtype = row_dtype(kv_cache_dtype or weights.dtype)
 
     @property
     def config(self) -> GlmConfig:

@@ -92,6 +92,7 @@ class Round(NamedTuple):
             0 but for forced chains.
         hidden_BTD: the target's hidden states at the old position_B + t, right where t < count_B.
         logits_BTV: the target's logits there, of which tokens_BT were drawn.
+        observed: what the network has observed there, a tree of [B, T, …]: nothing, unless it is one that does.
     """
 
     state: DecodeState
@@ -101,6 +102,7 @@ class Round(NamedTuple):
     gap_BT: Float[Array, "B T"]
     hidden_BTD: Float[Array, "B T D"]
     logits_BTV: Float[Array, "B T V"]
+    observed: Any
 
 
 def prefill(
@@ -218,7 +220,7 @@ def verify(
         position_B=state.position_B + count_B,
         sampling=sampling,
     )
-    return Round(after, tokens_BT, count_B, stopped_B, gap_BT, out.hidden_BTD, logits_BTV)
+    return Round(after, tokens_BT, count_B, stopped_B, gap_BT, out.hidden_BTD, logits_BTV, out.observed)
 
 
 def commit(

@@ -15,6 +15,7 @@ LAYERS = ("pallas", "model", "mesh", "serving")  # each may import itself and th
 BESIDE = {"serving": ("glm", "speculation", "nano")}  # libraries that a layer builds on
 ABOVE_MODEL = (
     "decoding",
+    "kept_programs",
     "speculation",
     "glm",
     "training",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from glmjax.evaluation.arguments import Dtype, OnText, encode
 from glmjax.evaluation.report import Report, table
 from glmjax.evaluation.rows import ScoredRows
-from glmjax.model.cache import whole_sequences
+from glmjax.model.cache import row_dtype, whole_sequences
 from glmjax.model.checkpoint import Fp8
 from glmjax.model.transformer import Transformer
 
@@ -35,7 +35,7 @@ class Agreement(OnText):
 
     dtype: Dtype = "bfloat16"
     fp8: Fp8 = "keep"
-    kv_cache_dtype: Dtype | None = None
+    kv_cache_dtype: Dtype | Literal["fp8"] | None = None
 
     def run(self) -> Report:
         """See `Evaluation`."""
@@ -85,7 +85,7 @@ def agreement(
         rows: texts.
         kv_cache_dtype: of rows that `other` caches; default its own dtype.
     """
-    cached = jnp.dtype(kv_cache_dtype or other.dtype)
+    cached = row_dtype(kv_cache_dtype or other.dtype)
     kl, same, more, largest, tokens = [], 0, [], 0.0, 0
     for batch in tqdm(rows, desc="rows", disable=None):
         out = _compared(reference, other, batch.ids_BT, batch.start_BT, kv_cache_dtype=cached)
@@ -105,8 +105,9 @@ def _compared(
     """For each prediction KL(reference ‖ other), whether the most likely tokens are the same, and what more it costs."""
 
     def log_probs(model: Transformer, dtype: Any) -> jax.Array:
-        cache, step = whole_sequences(model.config, ids_BT[:, :-1], dtype, start_BT[:, :-1])
-        return jax.nn.log_softmax(model.head(model.backbone(ids_BT[:, :-1], cache, step).hidden_BTD), axis=-1)
+        inputs_BT, first_BT = ids_BT[:, :-1], start_BT[:, :-1]
+        cache, step = whole_sequences(model.config, inputs_BT, dtype, first_BT, model_dtype=model.dtype)
+        return jax.nn.log_softmax(model.head(model.backbone(inputs_BT, cache, step).hidden_BTD), axis=-1)
 
     p_BTV, q_BTV = log_probs(reference, reference.dtype), log_probs(other, kv_cache_dtype)
     kl_BT = jnp.sum(jnp.exp(p_BTV) * (p_BTV - q_BTV), axis=-1)

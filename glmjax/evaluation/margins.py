@@ -116,7 +116,7 @@ def _scored(
     def look(view: LayerView) -> tuple[jax.Array, jax.Array]:
         return _selection(model, view), _router(model, view)
 
-    cache = ContiguousCache.create(model.config, *ids_BT.shape, dtype)
+    cache = ContiguousCache.create(model.config, *ids_BT.shape, dtype, model_dtype=model.dtype)
     offset_T = jnp.arange(ids_BT.shape[1], dtype=jnp.int32)
     step = cache.step(jnp.where(offset_T < length, offset_T, -1)[None])
     out = model.backbone(ids_BT, cache, step, observe=look)

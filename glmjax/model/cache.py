@@ -17,10 +17,48 @@ import jax
 import jax.numpy as jnp
 
 from glmjax.model.config import GlmConfig
+from glmjax.pallas.packed_rows import PackedRows
 from glmjax.pallas.rows import Rows
 from glmjax.pallas.select import select
 from glmjax.pallas.selection import Selection
 from glmjax.pallas.sparse_attention import sparse_attention
+
+FP8 = jnp.dtype(jnp.float8_e4m3fn)
+"""The dtype that stands for packed rows (`glmjax.pallas.packed_rows`)."""
+
+
+def row_dtype(name: Any) -> jnp.dtype:
+    """The dtype of cached rows by its name, or itself: "float32", "bfloat16" or "fp8".
+
+    Raises:
+        ValueError: rows cannot be cached in it.
+    """
+    dtype = FP8 if isinstance(name, str) and name == "fp8" else jnp.dtype(name)
+    if dtype not in (jnp.float32, jnp.bfloat16, FP8):
+        raise ValueError(f'kv_cache_dtype is {dtype}; rows are cached in float32, bfloat16 or "fp8"')
+    return dtype
+
+
+def empty_rows(
+    config: GlmConfig, pages: int, page_size: int, dtype: Any, model_dtype: Any, *, layers: int, indexers: int
+) -> tuple[Rows, Rows]:
+    """Arenas of latents and of index keys.
+
+    Args:
+        config: the model's.
+        pages: G.
+        page_size: A.
+        dtype: of the rows; `FP8` packs them: latents but for their rotary part, and index keys.
+        model_dtype: of packed rows when they are read.
+        layers: that have latents.
+        indexers: that have index keys.
+    """
+
+    def rows(layers: int, width: int, exact: int) -> Rows:
+        packed = PackedRows(width, exact, jnp.dtype(model_dtype)) if dtype == FP8 else None
+        return Rows.zeros(layers, pages, page_size, width, dtype, packed)
+
+    return rows(layers, config.cache_row_dim, config.qk_rope_head_dim), rows(indexers, config.index_head_dim, 0)
 
 
 @jax.tree_util.register_dataclass
@@ -98,7 +136,15 @@ class ContiguousCache:
 
     @classmethod
     def create(
-        cls, config: GlmConfig, batch: int, capacity: int, dtype: Any, *, mtp: bool = False, layered: bool = True
+        cls,
+        config: GlmConfig,
+        batch: int,
+        capacity: int,
+        dtype: Any,
+        *,
+        model_dtype: Any = None,
+        mtp: bool = False,
+        layered: bool = True,
     ) -> ContiguousCache:
         """An empty cache.
 
@@ -107,18 +153,21 @@ class ContiguousCache:
             batch: sequences.
             capacity: S, rows per sequence.
             dtype: of rows and tail: the model's, or a narrower one.
+            model_dtype: the model's, of packed rows (`FP8`) when they are read and of the tail beside them.
             mtp: whether the MTP layer has rows.
             layered: see the class.
+
+        Raises:
+            ValueError: rows are to be packed and `model_dtype` is not given.
         """
+        if dtype == FP8 and model_dtype is None:
+            raise ValueError("rows in FP8 are read in the model's dtype; give model_dtype")
         extra = int(mtp)
         layers = config.num_hidden_layers + extra if layered else 1
         indexers = config.indexer_types.count("full") + extra if layered else 1
-        return cls(
-            Rows.zeros(layers, batch, capacity, config.cache_row_dim, dtype),
-            Rows.zeros(indexers, batch, capacity, config.index_head_dim, dtype),
-            jnp.zeros((batch, config.hidden_size), dtype),
-            layered,
-        )
+        rows = empty_rows(config, batch, capacity, dtype, model_dtype, layers=layers, indexers=indexers)
+        tail_BD = jnp.zeros((batch, config.hidden_size), model_dtype if dtype == FP8 else dtype)
+        return cls(*rows, tail_BD, layered)
 
     @property
     def capacity(self) -> int:
@@ -165,7 +214,7 @@ class ContiguousCache:
 
 
 def whole_sequences(
-    config: GlmConfig, ids_BT: jax.Array, dtype: Any, first_BT: jax.Array | None = None
+    config: GlmConfig, ids_BT: jax.Array, dtype: Any, first_BT: jax.Array | None = None, *, model_dtype: Any = None
 ) -> tuple[ContiguousCache, Step]:
     """Cache and plan of one forward over sequences from their first token on; the cache keeps one layer at a time.
 
@@ -173,9 +222,10 @@ def whole_sequences(
         config: the model's.
         ids_BT: the tokens, of which only the shape matters.
         dtype: of the rows.
-        first_BT: the lowest row each token sees, in packed rows.
+        first_BT: the lowest row each token sees, where a row of tokens holds several documents.
+        model_dtype: see `ContiguousCache.create`.
     """
-    cache = ContiguousCache.create(config, *ids_BT.shape, dtype, layered=False)
+    cache = ContiguousCache.create(config, *ids_BT.shape, dtype, model_dtype=model_dtype, layered=False)
     position_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape)
     return cache, cache.step(position_BT, first_BT)
 

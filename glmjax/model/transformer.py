@@ -59,6 +59,9 @@ class LayerView:
 Observer = Callable[[LayerView], Any]
 """Looks at a layer while it is traced and returns what to keep of it: any pytree, or None."""
 
+Patch = Callable[[LayerView], jax.Array]
+"""Returns another residual stream [B, T, D] for what comes after a layer."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +161,7 @@ class Transformer(nnx.Module):
         step: Step,
         *,
         observe: Observer | None = None,
+        patch: Patch | None = None,
         remat: bool = False,
     ) -> Hidden:
         """All decoder layers and the final norm.
@@ -167,6 +171,7 @@ class Transformer(nnx.Module):
             cache: holds the rows of earlier tokens; comes back with these tokens' rows.
             step: positions, from ``cache.step``.
             observe: looks at every layer; what it returns comes back, one entry per layer.
+            patch: changes what every layer hands on; before it is observed.
             remat: recompute layers in the backward pass instead of keeping their intermediates.
         """
         rope = self._rope(step.positions_BT)
@@ -181,6 +186,8 @@ class Transformer(nnx.Module):
                 seen = []
                 for index in segment.at(n):
                     view = self._layer(index, h_BTD, selected, cache, step, rope)
+                    if patch:
+                        view = dataclasses.replace(view, hidden_BTD=patch(view))
                     h_BTD, selected, cache = view.hidden_BTD, view.selected, view.cache
                     seen.append(observe(view) if observe else None)
                 return (n + 1, h_BTD, selected, cache), tuple(seen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,11 @@ from tqdm import tqdm
 
 from glmjax.model.sampling_params import SamplingParams, SamplingState
 from glmjax.serving import pages, slots
+from glmjax.serving.hooks import Hooks
 from glmjax.serving.offload import Move
 from glmjax.serving.pages import PagedCache, PageRecords
 from glmjax.serving.plan import Plan, batch_of, chunks_of, guesses_of
-from glmjax.serving.programs import decode_rounds, read_chunks, verify_chain
+from glmjax.serving.programs import Batch, decode_rounds, read_chunks, verify_chain
 from glmjax.serving.records import joined
 from glmjax.serving.shapes import Shape
 from glmjax.serving.slots import Slots
@@ -33,11 +35,13 @@ class Programs:
         most_rounds: of a dispatch.
         most_retired: pages that a dispatch retires at most.
         stop_ids: stop tokens of a sequence that the device knows.
+        hooks: what else is done in layers; None for nothing.
     """
 
-    def __init__(self, model: Any, *, most_rounds: int, most_retired: int, stop_ids: int):
+    def __init__(self, model: Any, *, most_rounds: int, most_retired: int, stop_ids: int, hooks: Hooks | None = None):
         self._leaves, self._structure = jax.tree.flatten(model)
         self._most_rounds, self._most_retired, self._stop_ids = most_rounds, most_retired, stop_ids
+        self._hooks = hooks
         self._compiled: dict[Shape | str, Any] = {}
 
     def __len__(self) -> int:
@@ -108,7 +112,11 @@ class Programs:
         given = {"read": plan.chunks, "decode": (plan.end_B, plan.rounds), "verify": (plan.end_B, plan.guesses)}[
             plan.shape.kind
         ]
-        return self._compiled[plan.shape](self._leaves, cache, state, plan.batch, given)
+        return self._compiled[plan.shape](self._leaves, cache, state, self._told(plan.batch), given)
+
+    def _told(self, batch: Batch) -> Batch:
+        """A plan's batch as programs take it: without treatments where there are no hooks."""
+        return dataclasses.replace(batch, hook_B=None) if self._hooks is None else batch
 
     def _lowered(self, name: Shape | str, cache: PagedCache, state: Slots) -> Any:
         if name == "admit":
@@ -124,17 +132,17 @@ class Programs:
             return jax.jit(pages.land, donate_argnums=0).lower(cache, *leased, records)
         if name == "retire":
             return jax.jit(pages.retire, donate_argnums=0).lower(cache, np.zeros(self._most_retired, np.int32))
-        batch = batch_of(name, (), (), self._most_retired, self._stop_ids)
+        batch = self._told(batch_of(name, (), (), self._most_retired, self._stop_ids))
         if name.kind == "read":
-            run, given = functools.partial(_read, self._structure), chunks_of(name, ())
+            run, given = functools.partial(_read, self._structure, hooks=self._hooks), chunks_of(name, ())
         elif name.kind == "verify":
             run, given = (
-                functools.partial(_verify, self._structure),
+                functools.partial(_verify, self._structure, hooks=self._hooks),
                 (np.zeros(name.batch, np.int32), guesses_of(name, ())),
             )
         else:
             sizes = {"num_draft": name.width - 1, "most_rounds": self._most_rounds}
-            run = functools.partial(_decode, self._structure, **sizes)
+            run = functools.partial(_decode, self._structure, hooks=self._hooks, **sizes)
             given = np.zeros(name.batch, np.int32), np.array(1, np.int32)
         return jax.jit(run, donate_argnums=(1, 2)).lower(self._leaves, cache, state, batch, given)
 
@@ -146,13 +154,13 @@ def _leased(move: Move) -> np.ndarray:
     return leased
 
 
-def _read(structure: Any, leaves: Any, cache: PagedCache, state: Slots, batch: Any, chunks: Any) -> Any:
-    return read_chunks(jax.tree.unflatten(structure, leaves), cache, state, batch, chunks)
+def _read(structure: Any, leaves: Any, cache: PagedCache, state: Slots, batch: Any, chunks: Any, **how: Any) -> Any:
+    return read_chunks(jax.tree.unflatten(structure, leaves), cache, state, batch, chunks, **how)
 
 
-def _verify(structure: Any, leaves: Any, cache: PagedCache, state: Slots, batch: Any, given: Any) -> Any:
-    return verify_chain(jax.tree.unflatten(structure, leaves), cache, state, batch, *given)
+def _verify(structure: Any, leaves: Any, cache: PagedCache, state: Slots, batch: Any, given: Any, **how: Any) -> Any:
+    return verify_chain(jax.tree.unflatten(structure, leaves), cache, state, batch, *given, **how)
 
 
-def _decode(structure: Any, leaves: Any, cache: PagedCache, state: Slots, batch: Any, given: Any, **sizes: int) -> Any:
-    return decode_rounds(jax.tree.unflatten(structure, leaves), cache, state, batch, *given, **sizes)
+def _decode(structure: Any, leaves: Any, cache: PagedCache, state: Slots, batch: Any, given: Any, **how: Any) -> Any:
+    return decode_rounds(jax.tree.unflatten(structure, leaves), cache, state, batch, *given, **how)

@@ -26,6 +26,7 @@ from glmjax.serving.compiled import Programs
 from glmjax.serving.config import EngineConfig
 from glmjax.serving.errors import ClosedError, UnavailableError
 from glmjax.serving.faults import Faults
+from glmjax.serving.hooks import Hooks
 from glmjax.serving.offload import Move, Offload
 from glmjax.serving.outcome import Outcome
 from glmjax.serving.pages import PagedCache
@@ -67,13 +68,16 @@ class Engine:
         glm: the model.
         config: sizes and limits.
         progress: whether to show a bar while programs are compiled.
+        hooks: what researchers look at or change in layers, of requests that choose it; None for nothing.
 
     Raises:
         ValueError: the configuration does not fit the model.
     """
 
-    def __init__(self, glm: GLM, config: EngineConfig | None = None, *, progress: bool = False):
-        self.glm, self.config = glm, config or EngineConfig()
+    def __init__(
+        self, glm: GLM, config: EngineConfig | None = None, *, progress: bool = False, hooks: Hooks | None = None
+    ):
+        self.glm, self.config, self.hooks = glm, config or EngineConfig(), hooks
         self.max_model_len = self._checked_length()
         per_sequence = -(-self.max_model_len // self.config.page_size)
         self.pages = self.config.pages or per_sequence * (self.config.max_num_seqs + 1) // 2 + per_sequence
@@ -103,6 +107,7 @@ class Engine:
             most_rounds=self.config.max_rounds,
             most_retired=MOST_RETIRED,
             stop_ids=STOP_IDS,
+            hooks=hooks,
         )
         self._programs.compile(shapes, self._cache, self._slots, offloads=self._offload is not None, progress=progress)
         self._unread: deque[tuple[Plan, Flight, Any, float]] = deque()
@@ -122,6 +127,7 @@ class Engine:
         timeout: float | None = None,
         cache_salt: Hashable = None,
         use_cache: bool = True,
+        hook: int = 0,
         template: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> Stream:
@@ -136,6 +142,9 @@ class Engine:
             timeout: seconds after which it is not worth going on.
             cache_salt: only requests of the same salt share cached prefixes.
             use_cache: whether to use cached prefixes and leave some.
+            hook: a number other than 0 has the engine's hooks look at the request, and tells the patch its treatment.
+                What is captured comes with `Stream.captures`. What is cached is not read, so not captured: turn
+                `use_cache` off to capture all. Under a patch, only requests of one number share cached prefixes.
             template: arguments for the chat template.
             **fields: fields of `SamplingParams`, instead of or over those of `params`.
 
@@ -146,6 +155,8 @@ class Engine:
         """
         if n < 1:
             raise ValueError(f"n {n} must be at least 1")
+        if hook and self.hooks is None:
+            raise ValueError(f"hook is {hook!r} and the engine has no hooks; make it with Engine(…, hooks=Hooks(…))")
         asked = self.glm.asked(prompt, params, template=template, limit=self.max_model_len, **fields)
         now = time.monotonic()
         stream = Stream(n, lambda: self._command(cancel))
@@ -162,8 +173,9 @@ class Engine:
                 client=client,
                 priority=priority,
                 deadline=None if timeout is None else now + timeout,
-                namespace=cache_salt,
+                namespace=self.hooks.namespace(cache_salt, int(hook)) if self.hooks else cache_salt,
                 reuse=use_cache,
+                hook=int(hook),
                 arrived=now,
                 rules=self.config.anomalies,
             )
@@ -220,6 +232,7 @@ class Engine:
             "stop_ids": STOP_IDS,
             "kv_cache_dtype": jnp.dtype(self.glm.kv_cache_dtype).name,
             "versioned": self._faults.versioned,
+            "hooks": self.hooks is not None,
         }
         saved = Future()
 
@@ -369,8 +382,11 @@ class Engine:
 
     def _read(self) -> None:
         plan, flight, log, dispatched = self._unread.popleft()
+        # What nobody wants stays on the device.
         if not plan.batch.scored:
             log = dataclasses.replace(log, scores_BS=None)
+        if not any(sequence.request.hook for sequence in plan.sequences):
+            log = dataclasses.replace(log, captured_BS={})
         log, landed, self._landed = jax.tree.map(np.asarray, log), self._landed, []
         self._recorder.read(flight, log)
         now = time.monotonic()

@@ -32,12 +32,14 @@ class Move:
         prefixes: what they are of.
         pages: of a landing, what goes there.
         ids: of a landing, all tokens up to the end of its last page.
+        hook: of one that was recorded, the treatment that its pages were read under (`glmjax.serving.hooks`).
     """
 
     leases: tuple[Lease, ...]
     prefixes: tuple[Prefix, ...] = ()
     pages: tuple[PageRecords, ...] = ()
     ids: tuple[int, ...] = ()
+    hook: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

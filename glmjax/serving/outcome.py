@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 
 from glmjax.serving.anomaly import AnomalyRules
@@ -9,6 +10,7 @@ from glmjax.serving.errors import AnomalyError, UnavailableError
 from glmjax.serving.pages import OK
 from glmjax.serving.plan import Plan
 from glmjax.serving.programs import Log
+from glmjax.serving.request import Request
 from glmjax.serving.running import Running
 from glmjax.serving.sequence import Leaving, Sequence
 from glmjax.serving.stream import Chunk, Score
@@ -56,8 +58,10 @@ class Outcome:
         sequence, running = plan.sequences[b], self._running
         request, drafts = sequence.request, plan.shape.width - 1
         if plan.chunks is not None:
-            sequence.rows = int(plan.chunks.begin_B[b] + plan.chunks.count_B[b])
+            begin, read = int(plan.chunks.begin_B[b]), int(plan.chunks.count_B[b])
+            sequence.rows = begin + read
             running.keep(sequence)
+            _capture(request, log, b, begin, read)
         else:
             sequence.rows = max(sequence.rows, int(log.position_B[b]))
         if not tokens:
@@ -73,14 +77,16 @@ class Outcome:
         decoded = plan.shape.kind == "decode"
         if decoded:  # before its last chunk, which tells the statistics
             self._count_rounds(sequence, counts, drafts)
-        if self._emit(sequence, log, b, tokens, known, now):
+        if self._emit(sequence, log, b, tokens, known, now, decoded=plan.chunks is None):
             sequence.leaving = Leaving.DONE
         elif decoded:
             request.detector.push(counts, drafts)
             if (reason := request.detector.suspicion(len(request.reply.ids))) is not None:
                 self._suspect(sequence, reason, now)
 
-    def _emit(self, sequence: Sequence, log: Log, b: int, tokens: list[int], begin: int, now: float) -> bool:
+    def _emit(
+        self, sequence: Sequence, log: Log, b: int, tokens: list[int], begin: int, now: float, *, decoded: bool
+    ) -> bool:
         """Tokens to the client, those from `begin` on; whether they were the last."""
         request, counts, ids, text = sequence.request, self._running.counts, [], ""
         reply = request.reply
@@ -91,6 +97,8 @@ class Outcome:
                 break
         if not ids:
             return False
+        if decoded:  # what these tokens were made of, and not what may follow a stop string
+            _capture(request, log, b, int(log.position_B[b]) - len(tokens), begin + len(ids))
         counts["new_tokens"] += len(ids)
         counts["finished"] += reply.finish_reason is not None
         scores, wanted = (), request.params.logprobs
@@ -166,6 +174,21 @@ class Outcome:
     def _abort(self, sequence: Sequence, good: int, now: float) -> None:
         self._running.counts["aborts"] += 1
         self._running.end(sequence.request, now, AnomalyError(sequence.request.reason, good))
+
+
+def _capture(request: Request, log: Log, b: int, begin: int, count: int) -> None:
+    """What hooks have captured of tokens to the client, if it is wanted.
+
+    Args:
+        request: whose.
+        log: of the dispatch.
+        b: its row.
+        begin: position of the first token that was read.
+        count: of tokens.
+    """
+    if request.hook and log.captured_BS:
+        captured = jax.tree.map(lambda leaf_BS: leaf_BS[b, :count], log.captured_BS)
+        request.stream.capture(request.index, begin, captured)
 
 
 def _score(log: Log, b: int, s: int, most: int) -> Score:

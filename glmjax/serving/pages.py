@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from glmjax.model.cache import empty_rows
 from glmjax.model.config import GlmConfig
-from glmjax.pallas.packed_rows import PackedRows
 from glmjax.pallas.rows import Rows
 
 OK, STALE, UNREADY = 0, 1, 2
@@ -71,21 +71,17 @@ class PagedCache:
             config: the model's.
             pages: G.
             page_size: A, rows of a page.
-            dtype: of the rows; `float8_e4m3fn` packs them (`glmjax.pallas.packed_rows`).
+            dtype: of the rows; `glmjax.model.cache.FP8` packs them.
             tail_dtype: the model's: what follows a prefix hit must not depend on how rows are stored.
             mtp: whether the MTP layer has rows.
             versioned: see above.
         """
         extra = int(mtp)
         layers, indexers = config.num_hidden_layers + extra, config.indexer_types.count("full") + extra
-
-        def rows(layers: int, width: int, exact: int) -> Rows:
-            packed = PackedRows(width, exact, jnp.dtype(tail_dtype)) if dtype == jnp.float8_e4m3fn else None
-            return Rows.zeros(layers, pages, page_size, width, dtype, packed)
-
+        latents, keys = empty_rows(config, pages, page_size, dtype, tail_dtype, layers=layers, indexers=indexers)
         return cls(
-            latents=rows(layers, config.cache_row_dim, config.qk_rope_head_dim),
-            index_keys=rows(indexers, config.index_head_dim, 0),
+            latents=latents,
+            index_keys=keys,
             tail_GD=jnp.zeros((pages, config.hidden_size), tail_dtype),
             version_G=jnp.zeros(pages, jnp.int32),
             ready_G=jnp.zeros(pages, jnp.int32),
@@ -102,6 +98,12 @@ class PagedCache:
     def pages(self) -> int:
         """G."""
         return self.version_G.shape[0]
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one page: rows and tail."""
+        of = self.latents.values_LGAC, self.index_keys.values_LGAC, self.tail_GD
+        return sum(array.nbytes for array in of) // self.pages
 
 
 @jax.tree_util.register_dataclass

@@ -100,7 +100,10 @@ def batch_of(
         stop_BU[b, : len(stops)] = stops
     scored = any(sequence.request.params.logprobs is not None for sequence in sequences)
     arrays = frozen(*slots, *table, stop_BU, retire_Z)
-    return Batch(arrays[0], arrays[1], PageTable(arrays[2], arrays[3]), arrays[4], arrays[5], np.array(scored))
+    hook_B = np.zeros(shape.batch, np.int32)
+    hook_B[: len(sequences)] = [sequence.request.hook for sequence in sequences]
+    table = PageTable(arrays[2], arrays[3])
+    return Batch(arrays[0], arrays[1], table, arrays[4], arrays[5], np.array(scored), *frozen(hook_B))
 
 
 def chunks_of(shape: Shape, sequences: Several[Sequence]) -> Chunks:

@@ -19,10 +19,11 @@ from glmjax.model.sampling import Logprobs, logprobs, noisy, observe
 from glmjax.model.sampling_params import MAX_LOGPROBS
 from glmjax.pallas.blocks import window_start
 from glmjax.serving import pages
+from glmjax.serving.hooks import Hooks, hooked
 from glmjax.serving.pages import OK, PagedCache, PageTable
 from glmjax.serving.slots import Slots
 from glmjax.serving.view import PagedView
-from glmjax.speculation import DecodeState, commit, prefill, speculate, verify
+from glmjax.speculation import DecodeState, commit, speculate, verify
 
 _COMMITTED_ROUNDS = 8
 """Rounds whose MTP rows are written at a time: a dispatch may have room for many more than it runs."""
@@ -43,6 +44,7 @@ class Batch:
         stop_BU: int32, tokens that end them; −1 for none.
         retire_Z: int32, pages to retire before anything else; −1 for none.
         scored: bool, whether one of them asked for logprobs.
+        hook_B: int32, each sequence's treatment (`glmjax.serving.hooks`), 0 for none; None in programs without hooks.
     """
 
     slot_B: Any
@@ -51,6 +53,7 @@ class Batch:
     stop_BU: Any
     retire_Z: Any
     scored: Any
+    hook_B: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -102,6 +105,8 @@ class Log:
         epoch: int32, of the cache after it.
         gap_BS: float32, by how much another token was ahead of each that was given; see `glmjax.speculation.Round`.
         scores_BS: `Logprobs` of the tokens, where a sequence of the batch asked for them; zeros otherwise.
+        captured_BS: what hooks have captured of the tokens that were read, by layer, trees of [B, S, …]: from the first
+            token of a chunk, or the newest one before rounds. Nothing without hooks.
     """
 
     tokens_BS: Any
@@ -113,9 +118,12 @@ class Log:
     epoch: Any
     gap_BS: Any
     scores_BS: Any
+    captured_BS: Any = dataclasses.field(default_factory=dict)
 
 
-def read_chunks(model: Any, cache: PagedCache, slots: Slots, batch: Batch, chunks: Chunks) -> tuple[Any, ...]:
+def read_chunks(
+    model: Any, cache: PagedCache, slots: Slots, batch: Batch, chunks: Chunks, hooks: Hooks | None = None
+) -> tuple[Any, ...]:
     """A chunk of each prompt; where it is the last, the first token is drawn and the slot begins to decode.
 
     Args:
@@ -124,10 +132,12 @@ def read_chunks(model: Any, cache: PagedCache, slots: Slots, batch: Batch, chunk
         slots: donated; admitted before.
         batch: the sequences.
         chunks: their tokens.
+        hooks: what else is done in layers.
 
     Returns:
         The cache, the slots and the log.
     """
+    model = hooked(model, hooks, batch.hook_B)
     cache = pages.retire(cache, batch.retire_Z)
     owned_B = slots.owned(batch.slot_B, batch.generation_B)
     begin_B = jnp.where(owned_B, chunks.begin_B, -1)
@@ -141,7 +151,8 @@ def read_chunks(model: Any, cache: PagedCache, slots: Slots, batch: Batch, chunk
     step = view.step(jnp.where(offset_T < count_B[:, None], begin_B[:, None] + offset_T, -1))
     # The tails are read before they are written; else XLA may copy all of them.
     before_BD, tail_GD = lax.optimization_barrier((pages.tails_before(cache, batch.table, begin_B), cache.tail_GD))
-    hidden_BTD, view = prefill(model, view, before_BD, chunks.ids_BT, step)
+    out = model.backbone(chunks.ids_BT, view, step)
+    hidden_BTD, view = out.hidden_BTD, commit(model, out.cache, before_BD, chunks.ids_BT, out.hidden_BTD, step)
     tail_GD = pages.tails_after(tail_GD, cache.page_size, batch.table, begin_B, count_B, hidden_BTD)
     ready_G = pages.advance(cache, batch.table, jnp.where(takes_part_B, length_B, -1))
     cache = view.back(cache, tail_GD, ready_G)
@@ -171,6 +182,7 @@ def read_chunks(model: Any, cache: PagedCache, slots: Slots, batch: Batch, chunk
         epoch=cache.epoch,
         gap_BS=jnp.where(draws_B[:, None], gap_B1, 0),
         scores_BS=_scores(batch.scored, logits_B1V, tokens_B1),
+        captured_BS=out.observed if hooks else {},
     )
     return cache, slots.put(batch.slot_B, begun, draws_B), log
 
@@ -185,6 +197,7 @@ def decode_rounds(
     *,
     num_draft: int,
     most_rounds: int,
+    hooks: Hooks | None = None,
 ) -> tuple[PagedCache, Slots, Log]:
     """Rounds of draft and verification, until all sequences have stopped or are out of room.
 
@@ -199,10 +212,12 @@ def decode_rounds(
         rounds: int32, how many at most, up to `most_rounds`.
         num_draft: tokens to draft in each.
         most_rounds: Z, which the log has room for.
+        hooks: what else is done in layers.
 
     Returns:
         The cache, the slots and the log.
     """
+    model = hooked(model, hooks, batch.hook_B)
     running = _Running.of(cache, slots, batch, end_B)
     begin_B = running.state.position_B
     sequence_B1, offset_T = jnp.arange(len(begin_B))[:, None], jnp.arange(num_draft + 1)
@@ -219,7 +234,8 @@ def decode_rounds(
             model, drafting, num_draft=num_draft, room_B=room_B, stop_BU=batch.stop_BU, commits=num_draft > 0
         )
         at = sequence_B1, (position_B - begin_B)[:, None] + offset_T
-        emitted = out.tokens_BT, out.hidden_BTD, _scores(batch.scored, out.logits_BTV, out.tokens_BT)
+        captured = out.observed if hooks else {}
+        emitted = out.tokens_BT, out.hidden_BTD, _scores(batch.scored, out.logits_BTV, out.tokens_BT), captured
         return (
             n + 1,
             dataclasses.replace(out.state, position_B=position_B + out.count_B),
@@ -231,18 +247,19 @@ def decode_rounds(
     mine = running.mine
     shape = len(begin_B), most_rounds * (num_draft + 1)
     tokens_BS, hidden_BSD = jnp.full(shape, -1, jnp.int32), jnp.zeros((*shape, mine.tail_BD.shape[1]), model.dtype)
-    stretch = tokens_BS, hidden_BSD, _no_scores(shape, mine.sampling.bias_BV.shape[1])
+    captured_BS = _no_captures(model, running.state, num_draft + 1, shape[1]) if hooks else {}
+    stretch = tokens_BS, hidden_BSD, _no_scores(shape, mine.sampling.bias_BV.shape[1]), captured_BS
     nothing = jnp.zeros(shape[0], bool), jnp.zeros((most_rounds, shape[0]), jnp.int32)
-    n, state, stopped_B, count_ZB, (tokens_BS, hidden_BSD, scores_BS) = lax.while_loop(
+    n, state, stopped_B, count_ZB, stretch = lax.while_loop(
         unfinished, body, (jnp.int32(0), running.state, *nothing, stretch)
     )
+    tokens_BS, hidden_BSD, scores_BS, captured_BS = stretch
     if not num_draft:  # nobody drafts, so nobody has read the MTP layer's rows: write those of many rounds at once
         read_BS = jnp.concatenate([mine.token_B[:, None], tokens_BS[:, :-1]], axis=1)
-        stretch = mine.tail_BD, read_BS, hidden_BSD
-        view = _commit_rounds(model, state.cache, begin_B, state.position_B, *stretch, n)
+        view = _commit_rounds(model, state.cache, begin_B, state.position_B, mine.tail_BD, read_BS, hidden_BSD, n)
         state = dataclasses.replace(state, cache=view)
     no_gap_BS = jnp.zeros(shape)
-    return running.after(state, stopped_B, tokens_BS, no_gap_BS, hidden_BSD, scores_BS, count_ZB, n)
+    return running.after(state, stopped_B, tokens_BS, no_gap_BS, hidden_BSD, scores_BS, captured_BS, count_ZB, n)
 
 
 def _commit_rounds(
@@ -278,6 +295,7 @@ def verify_chain(
     batch: Batch,
     end_B: Given,
     guesses: Guesses,
+    hooks: Hooks | None = None,
 ) -> tuple[PagedCache, Slots, Log]:
     """One round along tokens that the host knows: what a grammar forces, or a record that is to be confirmed.
 
@@ -288,10 +306,12 @@ def verify_chain(
         batch: the sequences.
         end_B: as for `decode_rounds`.
         guesses: what to verify, T − 1 tokens.
+        hooks: what else is done in layers.
 
     Returns:
         The cache, the slots and the log.
     """
+    model = hooked(model, hooks, batch.hook_B)
     running = _Running.of(cache, slots, batch, end_B)
     state = running.state
     room_B = running.room_B(state, jnp.zeros(len(state.position_B), bool))
@@ -300,8 +320,17 @@ def verify_chain(
     out = verify(model, reading, chain_BT, room_B=room_B, stop_BU=batch.stop_BU, forced_B=guesses.forced_B)
     after = dataclasses.replace(out.state, position_B=state.position_B + out.count_B)
     scores_BS = _scores(batch.scored, out.logits_BTV, out.tokens_BT)
+    captured_BS, count_1B = out.observed if hooks else {}, out.count_B[None]
     return running.after(
-        after, out.stopped_B, out.tokens_BT, out.gap_BT, out.hidden_BTD, scores_BS, out.count_B[None], jnp.int32(1)
+        after,
+        out.stopped_B,
+        out.tokens_BT,
+        out.gap_BT,
+        out.hidden_BTD,
+        scores_BS,
+        captured_BS,
+        count_1B,
+        jnp.int32(1),
     )
 
 
@@ -343,6 +372,7 @@ class _Running(NamedTuple):
         gap_BS: jax.Array,
         hidden_BSD: jax.Array,
         scores_BS: Logprobs,
+        captured_BS: Any,
         count_ZB: jax.Array,
         rounds: jax.Array,
     ) -> tuple[PagedCache, Slots, Log]:
@@ -354,8 +384,26 @@ class _Running(NamedTuple):
         cache = state.cache.back(cache, tail_GD, pages.advance(cache, table, position_B))
         resting_B = jnp.where(stopped_B, -1, position_B)
         mine = Slots(self.mine.generation_B, resting_B, state.token_B, state.tail_BD, state.sampling)
-        log = Log(tokens_BS, count_ZB, position_B, stopped_B, self.fault_B, rounds, cache.epoch, gap_BS, scores_BS)
+        log = Log(
+            tokens_BS=tokens_BS,
+            count_ZB=count_ZB,
+            position_B=position_B,
+            stopped_B=stopped_B,
+            fault_B=self.fault_B,
+            rounds=rounds,
+            epoch=cache.epoch,
+            gap_BS=gap_BS,
+            scores_BS=scores_BS,
+            captured_BS=captured_BS,
+        )
         return cache, self.slots.put(self.batch.slot_B, mine, self.takes_part_B), log
+
+
+def _no_captures(model: Any, state: DecodeState, length: int, room: int) -> Any:
+    """Zeros for what a loop's rounds of `length` tokens capture, `room` of them in all."""
+    ids_BT = jnp.zeros((len(state.position_B), length), jnp.int32)
+    one = jax.eval_shape(lambda: model.backbone(ids_BT, state.cache, state.cache.step(ids_BT)).observed)
+    return jax.tree.map(lambda leaf: jnp.zeros((leaf.shape[0], room, *leaf.shape[2:]), leaf.dtype), one)
 
 
 def _scores(scored: Given, logits_BTV: jax.Array, tokens_BT: jax.Array) -> Logprobs:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from glmjax.model.sampling_params import SamplingParams
+from glmjax.serving.hooks import treatment_of
 from glmjax.serving.offload import Move
 from glmjax.serving.pages import PageTable
 from glmjax.serving.plan import Admission, Plan
@@ -35,10 +36,12 @@ class Filled:
     Attributes:
         ids: the tokens.
         leases: the pages, in order.
+        hook: the treatment (`glmjax.serving.hooks`) that they were read under; 0 for none.
     """
 
     ids: tuple[int, ...]
     leases: tuple[Lease, ...]
+    hook: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +129,7 @@ class Recorder:
 
     def read(self, flight: Flight, log: Log) -> None:
         """Keep what a dispatch did."""
-        flight.log = dataclasses.replace(log, gap_BS=None, scores_BS=None)
+        flight.log = dataclasses.replace(log, gap_BS=None, scores_BS=None, captured_BS=None)
 
     def turn(self, running: Running) -> None:
         """Begin another recording where this one is long enough: with what is on the device already, and not yet known."""
@@ -183,7 +186,7 @@ def snapshot(running: Running, unread: Several[Flight]) -> Snapshot:
                 versions[page] -= 1
     return Snapshot(
         versions=tuple(versions),
-        cached=tuple(Filled(ids, leases) for ids, leases in running.tree.paths()),
+        cached=tuple(Filled(ids, leases, treatment_of(salt)) for ids, leases, salt in running.tree.paths()),
         slots=tuple(_resumed(sequence, unread) for sequence in running.sequences),
     )
 
@@ -194,7 +197,8 @@ def _resumed(sequence: Sequence, unread: Several[Flight]) -> Resumed:
     begun = sequence.begun and not any(_draws(flight, request.number) for flight in unread)
     before = ids[len(request.prompt) : rows] if begun else () if sequence.expected else tuple(request.reply.ids)
     admission = Admission(sequence.slot, sequence.generation, request.params, tuple(request.prompt), before)
-    return Resumed(admission, Filled(ids[:rows], tuple(sequence.leases)), ids[rows] if begun else None)
+    filled = Filled(ids[:rows], tuple(sequence.leases), request.hook)
+    return Resumed(admission, filled, ids[rows] if begun else None)
 
 
 def _draws(flight: Flight, number: int) -> bool:
@@ -208,7 +212,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Prefix):  # of which only the equality matters
         return [repr(value.namespace), value.digest.hex(), value.pages]
     if isinstance(value, Move):
-        return {"leases": _plain(value.leases), "prefixes": _plain(value.prefixes), "ids": list(value.ids)}
+        hook = treatment_of(value.prefixes[0].namespace) if value.prefixes else 0
+        return {
+            "leases": _plain(value.leases),
+            "prefixes": _plain(value.prefixes),
+            "ids": list(value.ids),
+            "hook": hook,
+        }
     if isinstance(value, Log):
         return {name: getattr(value, name).tolist() for name in _TOLD}
     if dataclasses.is_dataclass(value):
@@ -244,11 +254,11 @@ def _admission(of: dict[str, Any]) -> Admission:
 
 def _move(of: dict[str, Any]) -> Move:
     prefixes = tuple(Prefix(namespace, bytes.fromhex(digest), pages) for namespace, digest, pages in of["prefixes"])
-    return Move(tuple(Lease(*lease) for lease in of["leases"]), prefixes, ids=tuple(of["ids"]))
+    return Move(tuple(Lease(*lease) for lease in of["leases"]), prefixes, ids=tuple(of["ids"]), hook=of["hook"])
 
 
 def _filled(of: dict[str, Any]) -> Filled:
-    return Filled(tuple(of["ids"]), tuple(Lease(*lease) for lease in of["leases"]))
+    return Filled(tuple(of["ids"]), tuple(Lease(*lease) for lease in of["leases"]), of["hook"])
 
 
 def _snapshot(of: dict[str, Any]) -> Snapshot:

@@ -21,6 +21,7 @@ from glmjax.glm import load as load_model
 from glmjax.model.sampling_params import SamplingParams
 from glmjax.nano import NANO
 from glmjax.serving.compiled import Programs
+from glmjax.serving.hooks import Hooks
 from glmjax.serving.offload import Move
 from glmjax.serving.pages import OK, PagedCache, PageRecords
 from glmjax.serving.plan import Plan, batch_of, frozen
@@ -72,9 +73,18 @@ class Replay:
     Args:
         glm: the model that was served.
         header: of the recordings.
+        hooks: those of the engine, which a file cannot hold.
+
+    Raises:
+        ValueError: the engine had hooks, and there are none.
     """
 
-    def __init__(self, glm: GLM, header: dict[str, Any]):
+    def __init__(self, glm: GLM, header: dict[str, Any], hooks: Hooks | None = None):
+        if header["hooks"] and hooks is None:
+            raise ValueError(
+                "this was recorded with hooks, which are code and not in the file; replay it in Python with "
+                "glmjax.serving.replay.Replay(glm, header, hooks)"
+            )
         self._glm, self._header = glm, header
         self._width = header["max_pages"]  # of a sequence
         self._programs = Programs(
@@ -82,6 +92,7 @@ class Replay:
             most_rounds=header["max_rounds"],
             most_retired=header["most_retired"],
             stop_ids=header["stop_ids"],
+            hooks=hooks,
         )
 
     def run(self, recording: Recording) -> Iterator[Again]:
@@ -157,7 +168,7 @@ class Replay:
         while begin < len(leases) and leases[begin] in filled and (begin + 1) * size <= len(of.ids):
             begin += 1
         filled.update(leases[: len(of.ids) // size])
-        self._read(of.ids, leases, slot, generation, begin * size, newest)
+        self._read(of.ids, leases, slot, generation, begin * size, newest, of.hook)
 
     def _read(
         self,
@@ -167,6 +178,7 @@ class Replay:
         generation: int,
         begin: int,
         newest: int | None = None,
+        hook: int = 0,
     ) -> None:
         width = self._header["chunk_tokens"]
         while begin < len(ids) or newest is not None:
@@ -184,6 +196,7 @@ class Replay:
                 )
             )
             batch = self._batch(Shape("read", 1, width, self._width), leases, slot, generation)
+            batch = dataclasses.replace(batch, hook_B=np.int32([hook]))
             log = self._fly(Plan(Shape("read", 1, width, self._width), (), batch=batch, chunks=chunks))
             assert int(log.fault_B[0]) == OK, "what the recording began with does not fit into its pages"
             begin += len(piece)
@@ -212,7 +225,7 @@ class Replay:
     def _collect_again(self, move: Move) -> None:
         count = len(move.ids) // self._header["page_size"]
         scratch = self._scratch[:count]
-        self._read(move.ids, scratch, self._header["max_num_seqs"], 0, 0)
+        self._read(move.ids, scratch, self._header["max_num_seqs"], 0, 0, hook=move.hook)
         self._collect(Move(tuple(scratch[count - len(move.prefixes) :]), move.prefixes))
         used = np.full(self._header["most_retired"], -1, np.int32)
         used[:count] = [lease.page for lease in scratch]

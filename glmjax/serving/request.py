@@ -35,6 +35,7 @@ class Request:
         deadline: `time.monotonic()` after which it is not worth going on, or None.
         namespace: what must be the same beside the tokens for pages to be shared.
         reuse: whether it may use and leave pages in the prefix tree.
+        hook: its treatment by the engine's hooks; 0 for none.
         loads: whether it may wait for pages from the host's memory.
         siblings: other sequences of the same prompt, which begin to wait when its pages can be shared.
         number: in order of creation.
@@ -66,6 +67,7 @@ class Request:
     deadline: float | None = None
     namespace: Hashable = None
     reuse: bool = True
+    hook: int = 0
     loads: bool = True
     siblings: list[Request] = dataclasses.field(default_factory=list)
     number: int = dataclasses.field(default_factory=lambda: next(_numbers))

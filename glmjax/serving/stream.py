@@ -8,6 +8,9 @@ import dataclasses
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+from glmjax.serving.captures import Captures, Pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,7 @@ class Stream:
     def __init__(self, sequences: int = 1, cancelled: Callable[[], None] = lambda: None):
         self._sequences, self._running, self._cancelled = sequences, sequences, cancelled
         self._chunks: deque[Chunk] = deque()
+        self._captured = [Pieces() for _ in range(sequences)]
         self._begun: set[int] = set()  # sequences of which a chunk has been read
         self._error: BaseException | None = None
         self._changed = threading.Condition()
@@ -138,6 +142,24 @@ class Stream:
             self._running -= chunk.finish_reason is not None
             self._wake()
 
+    def capture(self, index: int, begin: int, captured: Any) -> None:
+        """Add what hooks have captured of a sequence from a position on, before its chunk. For the engine."""
+        with self._changed:
+            self._captured[index].add(begin, captured)
+
+    def captures(self, index: int = 0) -> Captures:
+        """What hooks have captured of a sequence so far; with its last chunk, of all tokens that were read but cached ones.
+
+        Args:
+            index: which of the n sequences.
+
+        Raises:
+            ValueError: what was captured cannot be put together.
+        """
+        with self._changed:
+            pieces = self._captured[index].copy()
+        return pieces.joined()
+
     def fail(self, error: BaseException) -> None:
         """End all sequences with an error, which the reader meets after the chunks before it. For the engine."""
         with self._changed:
@@ -151,6 +173,7 @@ class Stream:
             if index in self._begun:
                 return False
             self._chunks = deque(chunk for chunk in self._chunks if chunk.index != index)
+            self._captured[index] = Pieces()
             return True
 
     def cancel(self) -> None:

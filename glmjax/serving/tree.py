@@ -163,8 +163,8 @@ class PrefixTree:
         """Let go of everything."""
         return self.remove([node.lease for root in list(self._roots.values()) for node in root.children.values()])
 
-    def paths(self) -> Iterator[tuple[tuple[int, ...], tuple[Lease, ...]]]:
-        """Tokens and pages from the beginning to each leaf."""
+    def paths(self) -> Iterator[tuple[tuple[int, ...], tuple[Lease, ...], Hashable]]:
+        """Tokens and pages from the beginning to each leaf, and its namespace."""
         for node in list(self._nodes.values()):
             if not node.children:
                 path = []
@@ -172,7 +172,7 @@ class PrefixTree:
                     path.append(node)
                     node = node.parent
                 ids = np.frombuffer(b"".join(step.key for step in reversed(path)), np.int32)
-                yield tuple(ids.tolist()), tuple(step.lease for step in reversed(path))
+                yield tuple(ids.tolist()), tuple(step.lease for step in reversed(path)), path[0].prefix.namespace
 
     def check(self) -> None:
         """Pages and paths agree.

@@ -1,0 +1,102 @@
+"""Compiled programs are kept where one says, all of them, and a second start compiles nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from glmjax.kept_programs import compilation_cache
+
+ROOT = Path(__file__).parents[1]
+START = """
+import json, sys
+import jax
+from glmjax.kept_programs import compilation_cache
+
+counts = {}
+jax.monitoring.register_event_listener(lambda name, **_: counts.update({name: counts.get(name, 0) + 1}))
+if len(sys.argv) > 1:
+    compilation_cache(sys.argv[1])
+from glmjax.serving.config import EngineConfig
+from glmjax.serving.engine import Engine
+from tests.serving.tiny import tiny
+
+config = EngineConfig(max_model_len=32, max_num_seqs=1, page_size=8, chunk_tokens=8, num_draft=1, offload_bytes=1 << 20)
+with Engine(tiny(), config) as engine:
+    [result] = engine.generate([3, 1, 4], temperature=0, max_new_tokens=5).finish()
+    programs = len(engine._programs)
+found = {name.rsplit("/")[-1]: count for name, count in counts.items() if "compilation_cache" in name}
+print(json.dumps({"ids": result.ids, "programs": programs, **found}))
+"""
+
+
+def start(*folder, **variables):
+    """What a fresh process does: what it generates, and how often programs were found and written."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment = kept | {"JAX_PLATFORMS": "cpu"} | variables
+    command = [sys.executable, "-c", START, *folder]
+    out = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return json.loads(out)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("programs"))
+    return folder, start(folder)
+
+
+def test_a_second_start_compiles_nothing(first):
+    folder, before = first
+    after = start(folder)
+    assert after["ids"] == before["ids"]
+    assert before["cache_misses"] >= before["programs"]
+    assert after["compile_requests_use_cache"] == after["cache_hits"] >= after["programs"]
+    assert "cache_misses" not in after
+
+
+# Where
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """JAX's, as they are without variables, and as they were afterwards."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    for name in names:
+        monkeypatch.delenv(name.upper(), raising=False)
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield lambda: [getattr(jax.config, name) for name in names]
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_a_folder_is_made_for_this_user_alone(settings, tmp_path):
+    found = compilation_cache(tmp_path / "a" / "b")
+    assert found == tmp_path / "a" / "b"
+    assert found.stat().st_mode & 0o777 == 0o700
+    assert settings() == [str(found), 0.0, -1]
+
+
+def test_without_a_folder_it_is_the_users_cache(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compilation_cache() == tmp_path / "glmjax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert compilation_cache() == tmp_path / ".cache" / "glmjax"
+
+
+def test_what_the_user_has_told_jax_holds(settings, tmp_path, monkeypatch):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 3.0)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "3")
+    assert compilation_cache() == tmp_path / "mine"
+    assert settings() == [str(tmp_path / "mine"), 3.0, -1]
