@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from glmjax.serving.compiled import Programs
-from glmjax.serving.config import EngineConfig
 from glmjax.serving.engine import Engine
 from glmjax.serving.errors import ClosedError, DeadlineError, QueueFullError, UnavailableError
 from glmjax.serving.pages import PagedCache
@@ -18,19 +17,9 @@ from glmjax.serving.running import MOST_RETIRED
 from glmjax.serving.scheduler import STOP_IDS
 from glmjax.serving.shapes import Shape
 from glmjax.serving.slots import Slots
-from tests.serving.tiny import tiny
+from tests.serving.tiny import ENGINE, tiny
 
-CONFIG = EngineConfig(
-    max_model_len=64,
-    max_num_seqs=4,
-    page_size=8,
-    pages=22,
-    chunk_tokens=16,
-    num_draft=2,
-    max_rounds=6,
-    max_queued=8,
-    debug=True,
-)
+CONFIG = dataclasses.replace(ENGINE, max_num_seqs=4, pages=22, num_draft=2, max_queued=8, debug=True)
 SAMPLED = {"temperature": 2.0, "seed": 5, "max_new_tokens": 20}
 PENALISED = {"frequency_penalty": 1.5, "presence_penalty": 0.5, "repetition_penalty": 1.3, "top_p": 0.9, "min_p": 0.02}
 

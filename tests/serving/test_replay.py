@@ -5,24 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from glmjax.serving.config import EngineConfig
 from glmjax.serving.engine import Engine
 from glmjax.serving.faults import FaultRates
 from glmjax.serving.recorder import load
 from glmjax.serving.replay import Replay
-from tests.serving.tiny import tiny
+from tests.serving.tiny import OFFLOADING, tiny
 
-CONFIG = EngineConfig(
-    max_model_len=64,
-    max_num_seqs=3,
-    page_size=8,
-    pages=14,
-    chunk_tokens=16,
-    num_draft=1,
-    max_rounds=4,
-    offload_bytes=1 << 24,
-    recorded_dispatches=17,
-    debug=True,
+CONFIG = dataclasses.replace(
+    OFFLOADING, max_num_seqs=3, pages=14, num_draft=1, max_rounds=4, recorded_dispatches=17, debug=True
 )
 
 
