@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test lint bench hf-compare compile-check gpu gpu-wheels clean
+.PHONY: demo test soak lint bench hf-compare compile-check gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready  ## Complete Python code with the model in the box.
@@ -12,6 +12,9 @@ demo: $(VENV)/ready  ## Complete Python code with the model in the box.
 
 test: $(VENV)/ready  ## The whole test suite, on the CPU.
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+soak: $(VENV)/ready  ## Races and an engine for a long time: no wrong token, no lost page, no growth.
+	$(BIN)/python -m pytest -m soak tests/serving/test_soak.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

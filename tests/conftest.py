@@ -11,9 +11,10 @@ install_import_hook("glmjax", "beartype.beartype")
 import pytest
 
 
-def pytest_collection_modifyitems(items):
-    """Tests marked gpu run where JAX was told to use one (`make gpu`)."""
-    if os.environ["JAX_PLATFORMS"] == "cpu":
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: make gpu"))
+def pytest_collection_modifyitems(config, items):
+    """Tests marked gpu run where JAX was told to use one (`make gpu`), those marked soak where asked for (`make soak`)."""
+    for item in items:
+        if item.get_closest_marker("gpu") and os.environ["JAX_PLATFORMS"] == "cpu":
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: make gpu"))
+        if item.get_closest_marker("soak") and "soak" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes many minutes: make soak"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator
+from collections.abc import Sequence as Several
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,14 +256,24 @@ class Arguments:
     before: bool = False
 
 
-def main(arguments: Arguments) -> int:
-    """Replay and tell; 1 where something came out differently."""
-    header, recordings = load(arguments.file)
-    if arguments.before and len(recordings) < 2:
-        raise ValueError(f"{arguments.file} has one recording only; leave out --before")
-    glm = load_model(arguments.model_path, kv_cache_dtype=header["kv_cache_dtype"])
+def main(argv: Several[str] | None = None) -> int:
+    """Replay and tell: 0, 1 where something came out differently, 2 after a message where there is nothing to replay.
+
+    Args:
+        argv: the command line; default the process's own.
+
+    Raises:
+        SystemExit: after --help (0) or arguments that cannot be read (2).
+    """
+    arguments = tyro.cli(Arguments, prog="python -m glmjax.serving.replay", args=argv)
+    try:
+        header, recording = _asked(arguments)
+        glm = load_model(arguments.model_path, kv_cache_dtype=header["kv_cache_dtype"])
+    except (ValueError, OSError) as error:
+        print(f"glmjax.serving.replay: {error}", file=sys.stderr)
+        return 2
     parts = different = 0
-    for again in Replay(glm, header).run(recordings[-2 if arguments.before else -1]):
+    for again in Replay(glm, header).run(recording):
         parts += 1
         different += not again.same
         if again.request == arguments.request or not again.same:
@@ -275,5 +286,18 @@ def main(arguments: Arguments) -> int:
     return int(different > 0)
 
 
+def _asked(arguments: Arguments) -> tuple[dict[str, Any], Recording]:
+    """Refuses what it can before the model is loaded, which may take long."""
+    header, recordings = load(arguments.file)
+    if arguments.before and len(recordings) < 2:
+        raise ValueError(f"{arguments.file} has one recording only; leave out --before")
+    recording = recordings[-2 if arguments.before else -1]
+    told = sorted({request for flight in recording.flights for request in flight.requests})
+    if arguments.request is not None and arguments.request not in told:
+        there = f"has requests {told[0]}..{told[-1]}" if told else "has no request"
+        raise ValueError(f"request {arguments.request} is not in the recording, which {there}; see --before")
+    return header, recording
+
+
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Arguments, prog="python -m glmjax.serving.replay")))
+    sys.exit(main())

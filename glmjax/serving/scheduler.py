@@ -91,10 +91,10 @@ class Scheduler:
         for sequence in self._running.sequences:
             if sequence.confirms and self._running.grow(sequence, self._shapes.confirmed):
                 shape = self._shapes.confirm(len(sequence.leases))
-                guesses = guesses_of(shape, [sequence])
-                return Plan(
-                    shape, (sequence,), guesses=guesses, end_B=frozen(np.int32([sequence.end]))[0], promised=(1,)
-                )
+                guesses, left = guesses_of(shape, [sequence]), len(sequence.expected) - sequence.confirmed
+                # Before the record ends nothing is drawn: it would be compared with nothing.
+                end = sequence.end if left < shape.width else sequence.position + shape.width - 1
+                return Plan(shape, (sequence,), guesses=guesses, end_B=frozen(np.int32([end]))[0], promised=(1,))
         return None
 
     def _decode(self) -> Plan | None:

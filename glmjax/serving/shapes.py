@@ -32,7 +32,7 @@ class Shapes:
         max_model_len: tokens of a sequence.
 
     Attributes:
-        confirmed: tokens that are confirmed at a time.
+        confirmed: tokens of a round that confirms, the newest one included.
     """
 
     def __init__(self, config: EngineConfig, max_model_len: int):
@@ -45,7 +45,7 @@ class Shapes:
         together = 4
         fits = together <= config.max_num_seqs and together * size <= config.chunk_tokens
         self._chunks = [*alone, (together, size)] if fits else alone
-        self.confirmed = size
+        self.confirmed = max(2, size)
         self._width = config.num_draft + 1
 
     def __iter__(self) -> Iterable[Shape]:

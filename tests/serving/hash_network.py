@@ -17,7 +17,7 @@ both, and the MTP layer's. All of it is integers below 2²³, exact in float32, 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +140,20 @@ def _summed(cache: Any, layer: int, k: int, query: list[Any], step: Step) -> lis
     return list(jnp.moveaxis(sum_BTR, -1, 0).astype(jnp.uint32))
 
 
+class Known(NamedTuple):
+    """What a cache holds of a sequence.
+
+    Attributes:
+        latents_LSR: of both layers and the MTP layer, without their rotary part.
+        index_keys_LSJ: likewise.
+        hidden_SD: after the final norm.
+    """
+
+    latents_LSR: np.ndarray
+    index_keys_LSJ: np.ndarray
+    hidden_SD: np.ndarray
+
+
 class Oracle:
     """What the network says, from the tokens alone.
 
@@ -158,6 +172,14 @@ class Oracle:
         ]  # of equals, the lower position
         self.z_S4 = np.array([row_S4[best].sum(0) for best in chosen], np.uint32).reshape(-1, 4)
         self.token_S = moved_on(self.s_S4.T, self.z_S4.T)
+        both_S8 = np.concatenate([self.s_S4, self.z_S4], 1)
+        self._draft_S4 = np.stack(residues(mix(self.ids, *np.pad(both_S8, ((1, 0), (0, 0)))[:-1].T)), -1)
+        own_S4, none_S2 = np.stack(residues(mix(self.ids, position_S)), -1), np.zeros_like(key_S2)
+        self.known = Known(
+            np.stack([own_S4, row_S4, self._draft_S4]).astype(np.float32),
+            np.stack([none_S2, key_S2, none_S2]).astype(np.float32),
+            np.concatenate([both_S8, self.token_S[:, None]], 1).astype(np.float32),
+        )
 
     def following(self, count: int) -> list[int]:
         """The next tokens."""
@@ -168,9 +190,7 @@ class Oracle:
 
     def round(self, num_draft: int) -> list[int]:
         """What one round emits where there is room: the right guesses, and one token more."""
-        ids, n = self.ids, len(self.ids) - 1
-        before_S8 = np.concatenate([np.zeros((1, 8), np.uint32), np.concatenate([self.s_S4, self.z_S4], 1)[:-1]])
-        rows_4 = np.stack(residues(mix(ids, *before_S8.T)), -1)[1:].sum(0, dtype=np.uint32)
+        n, rows_4 = len(self.ids) - 1, self._draft_S4[1:].sum(0, dtype=np.uint32)
         s_4, guesses = self.s_S4[-1], []
         for i in range(num_draft):
             guesses.append(int(moved_on(s_4, rows_4)))
@@ -179,3 +199,14 @@ class Oracle:
         wanted = self.following(num_draft + 1)
         right = next((i for i in range(num_draft) if guesses[i] != wanted[i]), num_draft)
         return wanted[: right + 1]
+
+    def along(self, guesses: list[int], forced: bool) -> tuple[list[int], list[bool]]:
+        """What a chain of guesses gives where there is room, and which of it is what would have been drawn."""
+        emitted, drawn = [], []
+        for guess in [*guesses, None]:
+            [wanted] = Oracle([*self.ids, *emitted]).following(1)
+            emitted.append(wanted if guess is None or not forced else guess)
+            drawn.append(emitted[-1] == wanted)
+            if emitted[-1] != guess:
+                break
+        return emitted, drawn

@@ -10,27 +10,16 @@ import numpy as np
 import pytest
 
 from glmjax.serving.compiled import Programs
-from glmjax.serving.config import EngineConfig
 from glmjax.serving.engine import Engine
 from glmjax.serving.errors import ClosedError, DeadlineError, QueueFullError, UnavailableError
 from glmjax.serving.pages import PagedCache
 from glmjax.serving.running import MOST_RETIRED
 from glmjax.serving.scheduler import STOP_IDS
-from glmjax.serving.shapes import Shape
+from glmjax.serving.shapes import Shape, Shapes
 from glmjax.serving.slots import Slots
-from tests.serving.tiny import tiny
+from tests.serving.tiny import ENGINE, tiny
 
-CONFIG = EngineConfig(
-    max_model_len=64,
-    max_num_seqs=4,
-    page_size=8,
-    pages=22,
-    chunk_tokens=16,
-    num_draft=2,
-    max_rounds=6,
-    max_queued=8,
-    debug=True,
-)
+CONFIG = dataclasses.replace(ENGINE, max_num_seqs=4, pages=22, num_draft=2, max_queued=8, debug=True)
 SAMPLED = {"temperature": 2.0, "seed": 5, "max_new_tokens": 20}
 PENALISED = {"frequency_penalty": 1.5, "presence_penalty": 0.5, "repetition_penalty": 1.3, "top_p": 0.9, "min_p": 0.02}
 
@@ -239,15 +228,24 @@ def test_a_failing_step_fails_those_who_run_and_nobody_after(engine, monkeypatch
     assert list(result.ids) == alone(prompt(6), **SAMPLED)
 
 
-def test_temporaries_do_not_grow_with_the_cache(engine):
-    glm, double = tiny(), 2 * CONFIG.pages
-    cache = PagedCache.create(glm.config, double, CONFIG.page_size, jnp.float32, tail_dtype=jnp.float32, mtp=True)
-    slots = Slots.create(CONFIG.max_num_seqs, glm.config.hidden_size, glm.config.vocab_size, jnp.float32)
-    larger = Programs(glm.weights, most_rounds=CONFIG.max_rounds, most_retired=MOST_RETIRED, stop_ids=STOP_IDS)
-    larger.compile([Shape("read", 1, 16, 8), Shape("decode", 1, 3, 8), Shape("verify", 1, 8, 8)], cache, slots)
-    before = engine._programs.temporary_bytes()
-    for name, size in larger.temporary_bytes().items():
-        assert size == before[name], name
+def programs(pages):
+    """Of every kind, with drafts and without."""
+    glm, config = tiny(), dataclasses.replace(CONFIG, pages=pages)
+    cache = PagedCache.create(glm.config, pages, config.page_size, jnp.float32, tail_dtype=jnp.float32, mtp=True)
+    slots = Slots.create(config.max_num_seqs, glm.config.hidden_size, glm.config.vocab_size, jnp.float32)
+    found = Programs(glm.weights, most_rounds=config.max_rounds, most_retired=MOST_RETIRED, stop_ids=STOP_IDS)
+    plain = Shape("decode", 1, 1, config.max_model_len // config.page_size)
+    found.compile([*Shapes(config, config.max_model_len), plain], cache, slots, offloads=True)
+    return found
+
+
+def test_no_programs_temporaries_grow_with_the_cache():
+    once, twice = (programs(pages).temporary_bytes() for pages in (CONFIG.pages, 2 * CONFIG.pages))
+    assert {name if isinstance(name, str) else name.kind for name in once} == {
+        *("admit", "retire", "collect", "land"),
+        *("read", "decode", "verify"),
+    }
+    assert once == twice
 
 
 def test_a_closed_engine_says_so():

@@ -8,21 +8,11 @@ import pytest
 from benchmarks import faults
 from benchmarks.fault_workload import Workload
 from glmjax.serving.anomaly import AnomalyRules
-from glmjax.serving.config import EngineConfig
 from glmjax.serving.faults import FaultRates
-from tests.serving.tiny import tiny
+from tests.serving.tiny import OFFLOADING, tiny
 
 RACES = FaultRates(late_landing=0.2, forward_before_ready=0.2, retire_during_transfer=0.2)
-CONFIG = EngineConfig(
-    max_model_len=64,
-    max_num_seqs=2,
-    page_size=8,
-    pages=18,
-    chunk_tokens=16,
-    max_rounds=6,
-    offload_bytes=1 << 24,
-    anomalies=AnomalyRules(enabled=False),
-)
+CONFIG = dataclasses.replace(OFFLOADING, anomalies=AnomalyRules(enabled=False))
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,11 @@ import numpy as np
 import pytest
 
 from benchmarks.invariance import Case, alone, cases, compare, lengths, served, settings
-from glmjax.serving.config import EngineConfig
 from glmjax.serving.engine import Engine
 from glmjax.serving.plan import Admission
-from tests.serving.tiny import CONFIG, tiny
+from tests.serving.tiny import CONFIG, ENGINE, tiny
 
-ENGINE = EngineConfig(
-    max_model_len=64, max_num_seqs=4, page_size=8, pages=12, chunk_tokens=16, num_draft=2, max_rounds=6, debug=True
-)
+SERVED = dataclasses.replace(ENGINE, max_num_seqs=4, pages=12, num_draft=2, debug=True)
 NEW = 40
 
 
@@ -32,7 +29,7 @@ def references():
 
 @pytest.fixture(scope="module")
 def engine():
-    with Engine(tiny(), ENGINE) as engine:
+    with Engine(tiny(), SERVED) as engine:
         yield engine
 
 
@@ -71,7 +68,7 @@ def test_a_fault_would_be_found(engine, monkeypatch):
 
 
 def test_the_shortest_chunks_and_no_drafts_change_nothing():
-    with Engine(tiny(), dataclasses.replace(ENGINE, num_draft=0, chunk_tokens=8, max_num_seqs=1)) as engine:
+    with Engine(tiny(), dataclasses.replace(SERVED, num_draft=0, chunk_tokens=8, max_num_seqs=1)) as engine:
         holds(engine)
 
 

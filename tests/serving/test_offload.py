@@ -7,23 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from glmjax.serving.config import EngineConfig
 from glmjax.serving.engine import Engine
 from glmjax.serving.faults import FaultRates, Faults
 from glmjax.serving.records import CorruptRecordError, Store, joined, split
 from glmjax.serving.tree import Prefix
-from tests.serving.tiny import tiny
+from tests.serving.tiny import OFFLOADING, tiny
 
-CONFIG = EngineConfig(
-    max_model_len=64,
-    max_num_seqs=2,
-    page_size=8,
-    pages=18,
-    chunk_tokens=16,
-    max_rounds=6,
-    offload_bytes=1 << 24,
-    debug=True,
-)
+CONFIG = dataclasses.replace(OFFLOADING, debug=True)
 ASKED = {"temperature": 1.5, "max_new_tokens": 10}
 RACES = FaultRates(late_landing=0.3, forward_before_ready=0.3, retire_during_transfer=0.3)
 

@@ -1,28 +1,21 @@
 """What was dispatched can be dispatched again, from the beginning or from any snapshot, and the same comes of it."""
 
 import dataclasses
+import gzip
+import json
 
 import numpy as np
 import pytest
 
-from glmjax.serving.config import EngineConfig
+from glmjax.serving import replay
 from glmjax.serving.engine import Engine
 from glmjax.serving.faults import FaultRates
 from glmjax.serving.recorder import load
 from glmjax.serving.replay import Replay
-from tests.serving.tiny import tiny
+from tests.serving.tiny import OFFLOADING, tiny
 
-CONFIG = EngineConfig(
-    max_model_len=64,
-    max_num_seqs=3,
-    page_size=8,
-    pages=14,
-    chunk_tokens=16,
-    num_draft=1,
-    max_rounds=4,
-    offload_bytes=1 << 24,
-    recorded_dispatches=17,
-    debug=True,
+CONFIG = dataclasses.replace(
+    OFFLOADING, max_num_seqs=3, pages=14, num_draft=1, max_rounds=4, recorded_dispatches=17, debug=True
 )
 
 
@@ -56,8 +49,13 @@ def serve(config, folder):
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    return serve(CONFIG, tmp_path_factory.mktemp("replay"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("replay")
+
+
+@pytest.fixture(scope="module")
+def recorded(folder):
+    return serve(CONFIG, folder)
 
 
 def test_a_replay_gives_the_recorded_tokens(recorded):
@@ -102,3 +100,62 @@ def test_what_is_no_recording_is_refused(tmp_path):
     (tmp_path / "x").write_text("{}")
     with pytest.raises(ValueError, match="not a recording"):
         load(tmp_path / "x")
+
+
+# The command line
+
+
+@pytest.fixture
+def told(recorded, folder, monkeypatch, capsys):
+    """Status and words of ``python -m glmjax.serving.replay``, of the last recording unless it is told another."""
+    monkeypatch.setattr(replay, "load_model", lambda path, kv_cache_dtype: tiny())
+
+    def run(*flags, file="2.json.gz"):
+        status = replay.main([str(folder / file), *map(str, flags)])
+        out, err = capsys.readouterr()
+        return status, out + err
+
+    return run
+
+
+def test_the_command_line_tells_how_much_came_again(told, recorded):
+    *_, recordings = recorded
+    parts = sum(len(flight.requests) for flight in recordings[-1].flights)
+    assert told() == (0, f"{parts} parts of dispatches replayed, 0 came out differently\n")
+
+
+def test_the_command_line_tells_every_dispatch_of_a_request(told, recorded):
+    *_, recordings = recorded
+    flights = recordings[-2].flights
+    request = flights[-1].requests[0]
+    status, words = told("--before", "--request", request)
+    assert status == 0
+    assert words.count(f": request {request} ") == sum(request in flight.requests for flight in flights)
+
+
+def test_the_command_line_tells_what_came_out_differently(told, folder):
+    saved = json.loads(gzip.decompress((folder / "2.json.gz").read_bytes()))
+    flights = saved["recordings"][-1]["flights"]
+    flight = next(flight for flight in flights if flight["log"] and flight["plan"]["rounds"])
+    flight["log"]["tokens_BS"][0][0] ^= 1
+    (folder / "changed.json.gz").write_bytes(gzip.compress(json.dumps(saved).encode()))
+    status, words = told(file="changed.json.gz")
+    assert status == 1
+    assert f"recorded   [{flight['log']['tokens_BS'][0][0]}" in words
+    assert "1 came out differently" in words
+
+
+@pytest.mark.parametrize(
+    ("flags", "file", "message"),
+    [
+        (["--request", "-1"], "2.json.gz", "request -1 is not in the recording, which has requests"),
+        ([], "nothing.json.gz", "is not a recording"),
+        ([], "words.txt", "is not a recording"),
+    ],
+)
+def test_the_command_line_refuses_what_is_not_there(told, folder, flags, file, message):
+    (folder / "words.txt").write_text("{}")
+    status, words = told(*flags, file=file)
+    assert status == 2
+    assert message in words
+    assert "Traceback" not in words

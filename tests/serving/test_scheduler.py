@@ -221,6 +221,23 @@ def test_what_was_seen_ends_with_the_count_of_good_tokens():
     assert len(bench.running.tree) == 0 or bench.add(range(9)).cached == 0
 
 
+@pytest.mark.parametrize("page_size", [1, A])
+@pytest.mark.parametrize("n", range(12))
+def test_no_token_of_a_record_goes_unconfirmed(n, page_size):
+    """What a chain draws after the last token that it was given is compared with nothing."""
+    bench = Bench(dataclasses.replace(CONFIG, page_size=page_size, pages=80), behind=0)
+    request = bench.add(range(9), 40, rules=dataclasses.replace(ALWAYS, enabled=False))
+    while len(request.reply.ids) < 12:
+        bench.step()
+    next(request.stream)
+    request.reply.ids[n] = (request.reply.ids[n] + 1) % STOP
+    bench.running.suspect(bench.running.sequences[0])
+    bench.run()
+    with pytest.raises(AnomalyError) as error:
+        told(request)
+    assert error.value.good_tokens == n
+
+
 def test_who_shares_a_garbled_page_is_confirmed_too():
     bench = Bench(dataclasses.replace(CONFIG, anomalies=ALWAYS), behind=0)
     bench.add(range(9), 1)

@@ -1,4 +1,4 @@
-"""A tiny network of the full kind, whose drafts are often right."""
+"""A tiny network of the full kind, whose drafts are often right, and an engine of its size."""
 
 import dataclasses
 import functools
@@ -11,8 +11,11 @@ from glmjax.model.config import GlmConfig
 from glmjax.model.stops import Stops
 from glmjax.model.transformer import Transformer
 from glmjax.model.weights import random_source
+from glmjax.serving.config import EngineConfig
 
 CONFIG = dataclasses.replace(GlmConfig.from_dir(Path(__file__).parents[1] / "tiny.json"), vocab_size=16)
+ENGINE = EngineConfig(max_model_len=64, max_num_seqs=2, page_size=8, pages=18, chunk_tokens=16, max_rounds=6)
+OFFLOADING = dataclasses.replace(ENGINE, offload_bytes=1 << 24)
 
 
 @functools.cache
