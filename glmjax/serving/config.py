@@ -20,6 +20,7 @@ class EngineConfig:
         pages: of the cache; None is enough for `max_num_seqs` sequences of half the length, and one of the whole.
         chunk_tokens: most prompt tokens of a dispatch, while which nobody decodes.
         num_draft: tokens that the MTP layer drafts in a round; 0 does not speculate.
+        grammars: serve requests with a JSON schema, a regular expression or a grammar; more programs are compiled for them.
         max_rounds: most rounds of a dispatch.
         dispatch_seconds: that a dispatch of decoding should take while nobody waits; a quarter of it when somebody does.
         dispatch_ahead: dispatch the next program before the log of the last one is read.
@@ -40,6 +41,7 @@ class EngineConfig:
     pages: int | None = None
     chunk_tokens: int = 512
     num_draft: int = 0
+    grammars: bool = False
     max_rounds: int = 32
     dispatch_seconds: float = 0.04
     dispatch_ahead: bool = True

@@ -40,7 +40,7 @@ from glmjax.serving.stream import Stream
 
 _COUNTED = (
     *("dispatches", "finished", "prompt_tokens", "cached_tokens", "new_tokens"),
-    *("rounds", "drafted", "accepted", "preemptions", "replays"),
+    *("rounds", "drafted", "accepted", "forced", "preemptions", "replays"),
     *("suspicions", "benign", "restarts", "aborts", "landed", "dropped"),
 )
 
@@ -68,7 +68,7 @@ class Engine:
         progress: whether to show a bar while programs are compiled.
 
     Raises:
-        ValueError: the configuration does not fit the model.
+        ValueError: the configuration does not fit the model, which may be unable to follow grammars.
     """
 
     def __init__(self, glm: GLM, config: EngineConfig | None = None, *, progress: bool = False):
@@ -83,7 +83,9 @@ class Engine:
             )
         if self.config.num_draft and glm.weights.mtp is None:
             raise ValueError(f"num_draft is {self.config.num_draft} and the model has no MTP layer; set it to 0")
-        shapes = Shapes(self.config, self.max_model_len)
+        if self.config.grammars:
+            _ = glm.grammars  # refuses models that cannot follow any, and takes a while
+        shapes = Shapes(self.config, self.max_model_len, glm.config.vocab_size)
         self._faults, self._offload = Faults(self.config.faults), None
         if self.config.offload_bytes:
             size = self.config.page_size
@@ -139,13 +141,18 @@ class Engine:
             **fields: fields of `SamplingParams`, instead of or over those of `params`.
 
         Raises:
-            ValueError: bad parameters, an empty prompt, an id outside the vocabulary, more tokens than fit.
+            ValueError: bad parameters, an empty prompt, an id outside the vocabulary, more tokens than fit, a grammar that
+                cannot be followed, in llguidance's words, or any where `EngineConfig.grammars` is off.
             QueueFullError: too many requests wait.
             ClosedError: the engine has been closed.
         """
         if n < 1:
             raise ValueError(f"n {n} must be at least 1")
         asked = self.glm.asked(prompt, params, template=template, limit=self.max_model_len, **fields)
+        if asked.matcher is not None and not self.config.grammars:
+            raise ValueError(
+                f"{asked.params.constraint} is given and grammars are off; set EngineConfig(grammars=True)"
+            )
         now = time.monotonic()
         stream = Stream(n, lambda: self._command(cancel))
         first = asked.params.seed or 0
@@ -156,6 +163,7 @@ class Engine:
                 new_tokens=asked.new_tokens,
                 stops=asked.stops,
                 tokenizer=self.glm.tokenizer,
+                matcher=asked.matcher,
                 stream=stream,
                 index=i,
                 client=client,

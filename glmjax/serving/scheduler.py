@@ -28,7 +28,7 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig, shapes: Shapes, running: Running):
         self._config, self._shapes, self._running = config, shapes, running
-        self._turns: list[Callable[[], Plan | None]] = [self._read, self._confirm, self._decode]
+        self._turns: list[Callable[[], Plan | None]] = [self._read, self._confirm, self._obey, self._decode]
         self._round_seconds: dict[Shape, float] = {}
 
     def plan(self, now: float) -> Plan | None:
@@ -65,7 +65,7 @@ class Scheduler:
             self._round_seconds[plan.shape] = 0.7 * before + 0.3 * seconds / log.rounds
 
     def _next(self) -> Plan | None:
-        """Reading, confirming and decoding take turns."""
+        """Reading, confirming, rounds under grammars and decoding take turns."""
         for n, turn in enumerate(self._turns):
             if (plan := turn()) is not None:
                 self._turns = self._turns[n + 1 :] + self._turns[: n + 1]
@@ -96,6 +96,22 @@ class Scheduler:
                     shape, (sequence,), guesses=guesses, end_B=frozen(np.int32([sequence.end]))[0], promised=(1,)
                 )
         return None
+
+    def _obey(self) -> Plan | None:
+        """A round of all whose grammars know what has come: along what these force, and a token more."""
+        obeying = sorted(
+            (s for s in self._running.sequences if s.obeys), key=lambda s: (s.request.priority, s.request.number)
+        )
+        most = self._shapes.obeyed
+        chosen = tuple(s for s in obeying if self._running.grow(s, 1 + len(s.guesses(most - 1))))
+        if not chosen:
+            return None
+        tokens = max(1 + len(s.guesses(most - 1)) for s in chosen)
+        shape = self._shapes.obey(len(chosen), tokens, max(len(s.leases) for s in chosen))
+        end_B = np.zeros(shape.batch, np.int32)
+        end_B[: len(chosen)] = [s.end for s in chosen]
+        guesses = guesses_of(shape, chosen)
+        return Plan(shape, chosen, guesses=guesses, end_B=frozen(end_B)[0], promised=(1,) * len(chosen))
 
     def _decode(self) -> Plan | None:
         """Rounds of all that decode and have the pages for it."""
