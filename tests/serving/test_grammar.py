@@ -23,6 +23,7 @@ from glmjax.model.transformer import Transformer
 from glmjax.model.weights import random_source
 from glmjax.serving.config import EngineConfig
 from glmjax.serving.engine import Engine
+from glmjax.serving.errors import GrammarError
 from glmjax.serving.recorder import load
 from glmjax.serving.replay import Replay
 from glmjax.serving.shapes import Shapes
@@ -143,7 +144,9 @@ def test_a_mask_leaves_the_logits_of_what_it_allows():
     logits_BV = np.random.default_rng(0).normal(size=(2, VOCAB)).astype(np.float32)
     bits_BV = np.random.default_rng(1).random((2, VOCAB)) < 0.5
     words_BW = np.packbits(bits_BV, axis=1, bitorder="little").view(np.int32)
-    np.testing.assert_array_equal(allow(jnp.array(logits_BV), jnp.array(words_BW)), np.where(bits_BV, logits_BV, -np.inf))
+    np.testing.assert_array_equal(
+        allow(jnp.array(logits_BV), jnp.array(words_BW)), np.where(bits_BV, logits_BV, -np.inf)
+    )
 
 
 # The text
@@ -352,6 +355,13 @@ def test_a_replay_gives_the_recorded_tokens(engine, tmp_path, monkeypatch):
     parts = list(Replay(glm(), header).run(recordings[-1]))
     assert {again.kind for again in parts} == {"read", "verify"}
     assert all(again.same for again in parts)
+
+
+def test_a_grammar_that_cannot_be_followed_fails_its_own_request_only(engine):
+    neighbour = engine.generate("one", **SAMPLED)
+    with pytest.raises(GrammarError, match="too complex"):  # as after too much work for one token
+        interrupted(engine, lambda sequence, now: sequence.matcher and sequence.matcher.push(VOCAB - 1), **LONG)
+    assert len(neighbour.finish()[0].ids) == SAMPLED["max_new_tokens"]
 
 
 # What is refused
