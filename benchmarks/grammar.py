@@ -54,12 +54,12 @@ class Arguments:
     """
 
     model_path: Path | None = None
-    context: int = 256
+    context: int = 128
     new_tokens: int = 256
     streams: int = 7
     repeats: int = 7
     num_draft: int = 0
-    max_model_len: int = 1024
+    max_model_len: int = 512
 
 
 def run(glm: GLM, arguments: Arguments) -> str:

@@ -30,6 +30,7 @@ class Scheduler:
         self._config, self._shapes, self._running = config, shapes, running
         self._turns: list[Callable[[], Plan | None]] = [self._read, self._confirm, self._obey, self._decode]
         self._round_seconds: dict[Shape, float] = {}
+        self._credit = 0.0  # seconds; below 0, those under grammars owe others time
 
     def plan(self, now: float) -> Plan | None:
         """The next dispatch, or None where there is nothing to do before a log has been read.
@@ -59,10 +60,15 @@ class Scheduler:
         return dataclasses.replace(plan, admitted=admitted, batch=batch, moves=moves)
 
     def learn(self, plan: Plan, log: Log, seconds: float) -> None:
-        """How long a round takes."""
+        """How long a round takes, and what those under grammars have had."""
         if plan.shape is not None and plan.shape.kind == "decode" and log.rounds:
             before = self._round_seconds.get(plan.shape, seconds / log.rounds)
             self._round_seconds[plan.shape] = 0.7 * before + 0.3 * seconds / log.rounds
+            constrained = sum(s.request.reply.matcher is not None for s in self._running.sequences)
+            share = min(0.5, self._config.grammar_share * constrained)
+            self._credit = min(0.0, self._credit + seconds * share / (1 - share))
+        elif plan.guesses is not None and not plan.guesses.forced_B.any():
+            self._credit -= seconds
 
     def _next(self) -> Plan | None:
         """Reading, confirming, rounds under grammars and decoding take turns."""
@@ -70,7 +76,7 @@ class Scheduler:
             if (plan := turn()) is not None:
                 self._turns = self._turns[n + 1 :] + self._turns[: n + 1]
                 return plan
-        return None
+        return self._obey(owing=True)
 
     def _read(self) -> Plan | None:
         """Chunks of prompts; who has had one goes to the end of the line."""
@@ -97,8 +103,14 @@ class Scheduler:
                 )
         return None
 
-    def _obey(self) -> Plan | None:
-        """A round of all whose grammars know what has come: along what these force, and a token more."""
+    def _obey(self, owing: bool = False) -> Plan | None:
+        """A round of all whose grammars know what has come: along what these force, and a token more.
+
+        Args:
+            owing: whether they may take time from others that they do not have: nobody else can be served.
+        """
+        if self._credit < 0 and not owing and any(s.decodes for s in self._running.sequences):
+            return None
         obeying = sorted(
             (s for s in self._running.sequences if s.obeys), key=lambda s: (s.request.priority, s.request.number)
         )

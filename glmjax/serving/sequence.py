@@ -112,4 +112,4 @@ class Sequence:
         matcher = self.request.reply.matcher
         if self.confirming:
             return list(self.expected[self.confirmed :][:most])
-        return matcher.forced[:most] if matcher else []
+        return list(matcher.forced[:most]) if matcher else []

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from glmjax.glm import GLM
-from glmjax.model.grammar import words_of
+from glmjax.model.grammar import Matcher, words_of
 from glmjax.model.sampling import allow, noisy, observe
 from glmjax.model.sampling_params import SamplingParams, SamplingState
 from glmjax.model.stops import Stops
@@ -24,9 +24,12 @@ from glmjax.model.weights import random_source
 from glmjax.serving.config import EngineConfig
 from glmjax.serving.engine import Engine
 from glmjax.serving.errors import GrammarError
+from glmjax.serving.programs import Log
 from glmjax.serving.recorder import load
 from glmjax.serving.replay import Replay
 from glmjax.serving.shapes import Shapes
+from tests.serving.paper_device import expected
+from tests.serving.test_scheduler import Bench
 from tests.serving.tiny import CONFIG as TINY
 from tests.serving.tiny import tiny
 
@@ -300,6 +303,43 @@ def test_decoding_runs_the_same_programs():
     assert not any(shape.words for shape in shapes[0])
     assert {shape.words for shape in Shapes(without, LENGTH, VOCAB)} == {0}
     assert words_of(VOCAB) == 10
+
+
+ONE_ROUND = Log(**dict.fromkeys((field.name for field in dataclasses.fields(Log)), 1))
+
+
+class Anything(Matcher):
+    """Everything follows it."""
+
+    forced, ended, error = (), False, ""
+
+    def __init__(self):
+        pass
+
+    def at(self, length):
+        return self
+
+    def push(self, token):
+        pass
+
+
+def test_a_grammar_takes_its_share_of_the_others_time_and_no_more():
+    """Half a second for each round of its own, of which a twentieth is allowed: nine and a half of the others' come between."""
+    bench, endless = Bench(), [[n] for n in range(20) if len(expected([n], 60)) == 60]
+    bench.add(endless[0], 30, matcher=Anything())
+    bench.add(endless[1], 60)
+    planned = 0
+    while bench.step():
+        for plan in bench.plans[planned:]:
+            if plan.shape is not None:
+                seconds = {"read": 0.1, "decode": 1.0, "verify": 0.5}[plan.shape.kind]
+                bench.scheduler.learn(plan, ONE_ROUND, seconds)
+        planned = len(bench.plans)
+    kinds = "".join(plan.shape.kind[0] for plan in bench.plans if plan.shape is not None)
+    beside, alone = kinds[: kinds.rindex("d") + 1], kinds[kinds.rindex("d") + 1 :]
+    assert {len(decodes) for decodes in beside.split("v")[1:-1]} == {10}
+    assert len(beside.split("v")) > 2
+    assert alone == "v" * len(alone) != ""
 
 
 # Whatever happens
