@@ -20,6 +20,7 @@ from glmjax.model.assemble import Placement, on_one_device
 from glmjax.model.cache import previous_hidden, row_dtype, whole_sequences
 from glmjax.model.chat import ChatTemplate
 from glmjax.model.config import GlmConfig
+from glmjax.model.grammar import Grammars, Matcher
 from glmjax.model.infill import BlankTokens
 from glmjax.model.sampling_params import SamplingParams
 from glmjax.model.stops import Stops
@@ -72,12 +73,14 @@ class Asked(NamedTuple):
         params: validated, with a seed.
         stops: the model's and the request's.
         new_tokens: most tokens to generate.
+        matcher: of the grammar, at its beginning; None where none is asked for.
     """
 
     ids: list[int]
     params: SamplingParams
     stops: Stops
     new_tokens: int
+    matcher: Matcher | None = None
 
 
 def load(
@@ -139,6 +142,15 @@ class GLM:
         """The model's."""
         return self.weights.config
 
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """What JSON schemas, regular expressions and grammars say of the vocabulary.
+
+        Raises:
+            ValueError: there is no tokenizer, or no token that ends a turn.
+        """
+        return Grammars(self.tokenizer, self.stops, self.config.vocab_size)
+
     def forward(self, ids_BT: Any, *, trace: bool = False) -> Output:
         """Logits and hidden states of whole sequences; memory grows linearly with their length, logits aside.
 
@@ -183,9 +195,14 @@ class GLM:
             An iterator of tokens that collects ids, text and statistics; ``.finish()`` runs it to its end.
 
         Raises:
-            ValueError: bad parameters, an empty prompt, an id outside the vocabulary, more tokens than the context has.
+            ValueError: bad parameters, an empty prompt, an id outside the vocabulary, more tokens than the context has, or a
+                grammar, which `glmjax.Engine` serves.
         """
         asked = self.asked(prompt, params, template=template, **fields)
+        if asked.matcher is not None:
+            raise ValueError(
+                f"{asked.params.constraint} needs an engine: glmjax.Engine(glm, EngineConfig(grammars=True)).generate(…)"
+            )
         return Generation(
             self.weights, asked.ids, asked.params, asked.stops, self.tokenizer, asked.new_tokens, self.kv_cache_dtype
         )
@@ -220,7 +237,8 @@ class GLM:
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; this model was loaded without one")
         stops = self.stops.extended(params.stop_token_ids, params.stop, params.ignore_eos)
-        return Asked(ids, params, stops, params.max_new_tokens or room)
+        matcher = self.grammars.matcher(params) if params.constraint else None
+        return Asked(ids, params, stops, params.max_new_tokens or room, matcher)
 
     def infill(self, prefix: str, suffix: str = "", params: SamplingParams | None = None, **fields: Any) -> Generation:
         """Stream what belongs between two texts, for models that were trained on blanks (GLM's `[MASK]`).

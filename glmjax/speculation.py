@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from glmjax.model.cache import Cache, Step, last_token, previous_hidden
-from glmjax.model.sampling import noisy, observe, sample
+from glmjax.model.sampling import allow, noisy, observe, sample
 from glmjax.model.sampling_params import SamplingState
 from glmjax.model.transformer import Hidden
 
@@ -91,7 +91,7 @@ class Round(NamedTuple):
         gap_BT: by how much the token that would have been drawn was ahead of the emitted one, logits and noise together;
             0 but for forced chains.
         hidden_BTD: the target's hidden states at the old position_B + t, right where t < count_B.
-        logits_BTV: the target's logits there, of which tokens_BT were drawn.
+        logits_BTV: the target's logits there, of which tokens_BT were drawn; masks are not in them.
         observed: what the network has observed there, a tree of [B, T, …]: nothing, unless it is one that does.
     """
 
@@ -181,6 +181,7 @@ def verify(
     room_B: Int[Array, "B"] | None = None,
     stop_BU: Int[Array, "B U"] | None = None,
     forced_B: Bool[Array, "B"] | None = None,
+    allowed_BTW: Int32[Array, "B T W"] | None = None,
     commits: bool = True,
 ) -> Round:
     """What the target emits along a chain of guesses, whoever made them: drafts, a grammar, or a record to be confirmed.
@@ -195,6 +196,7 @@ def verify(
             those beyond, and what is read afterwards would not be theirs.
         stop_BU: tokens after which nothing more is emitted; −1 for none.
         forced_B: sequences that emit their chain whatever would have been drawn; None for none.
+        allowed_BTW: tokens that may come after each of the chain (`glmjax.model.sampling.allow`); None for all.
         commits: whether to `commit`; a caller who does not draft may do so later, for many rounds at once.
     """
     length = chain_BT.shape[1]
@@ -205,7 +207,8 @@ def verify(
         room_B = jnp.full_like(state.position_B, length) if room_B is None else room_B
         stop_BU = jnp.full((chain_BT.shape[0], 1), -1, jnp.int32) if stop_BU is None else stop_BU
         forced_B = jnp.zeros(chain_BT.shape[0], bool) if forced_B is None else forced_B
-        tokens_BT, gap_BT, stopped_B, sampling = _accept(logits_BTV, chain_BT, state, room_B, stop_BU, forced_B)
+        drawn_BTV = logits_BTV if allowed_BTW is None else allow(logits_BTV, allowed_BTW)
+        tokens_BT, gap_BT, stopped_B, sampling = _accept(drawn_BTV, chain_BT, state, room_B, stop_BU, forced_B)
     count_B = jnp.sum(tokens_BT >= 0, axis=1, dtype=jnp.int32)
 
     kept_BT = jnp.arange(length) < count_B[:, None]

@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+from glmjax.model.grammar import Matcher
 from glmjax.model.stops import StopMatcher, Stops
 from glmjax.model.tokenizer import Tokenizer
 
 
 class Reply:
-    """Tokens in, text out, until a stop token, a stop string or the limit.
+    """Tokens in, text out, until a stop token, a stop string, the end of the grammar or the limit.
 
     Args:
         stops: the model's and the request's.
         tokenizer: for the text, or None.
         new_tokens: most tokens to take.
         include_stop: leave a stop string at the end of the text.
+        matcher: of its grammar, from now on the reply's own; or None.
 
     Attributes:
         ids: tokens so far, a final stop token included.
         text: so far; without a stop token's own.
-        finish_reason: "stop" (a stop token, a stop string) or "length" once it has ended, else None.
+        finish_reason: "stop" (a stop token, a stop string, nothing that the grammar allows) or "length" once it has
+            ended, else None.
         matched: the stop token or stop string that ended it, or None.
+        matcher: where it is in its grammar, or None.
     """
 
-    def __init__(self, stops: Stops, tokenizer: Tokenizer | None, new_tokens: int, include_stop: bool = False):
+    def __init__(
+        self,
+        stops: Stops,
+        tokenizer: Tokenizer | None,
+        new_tokens: int,
+        include_stop: bool = False,
+        matcher: Matcher | None = None,
+    ):
         self.ids: list[int] = []
         self.text = ""
         self.finish_reason: str | None = None
         self.matched: int | str | None = None
+        self.matcher = matcher
         self._stops, self._new_tokens = stops, new_tokens
-        self._matcher = StopMatcher(stops.strings, include_stop)
+        self._strings = StopMatcher(stops.strings, include_stop)
         self._detokenizer = tokenizer.detokenizer() if tokenizer else None
 
     def push(self, token: int) -> str:
@@ -40,13 +52,17 @@ class Reply:
         if self.finish_reason:
             raise ValueError(f"the generation has ended ({self.finish_reason}); token {token} is none of it")
         self.ids.append(token)
-        ended, full = token in self._stops.token_ids, len(self.ids) == self._new_tokens
-        text, stop = self._matcher.push(self._detokenizer.push(token) if self._detokenizer and not ended else "")
-        if (ended or full) and stop is None and self._detokenizer:
-            tail, stop = self._matcher.push(self._detokenizer.flush())
-            text += tail + self._matcher.flush()
-        if ended or stop is not None:
-            self.finish_reason, self.matched = "stop", token if stop is None else stop
+        if self.matcher is not None:
+            self.matcher.push(token)
+        stops, full = token in self._stops.token_ids, len(self.ids) == self._new_tokens
+        over = self.matcher is not None and self.matcher.ended
+        text, stop = self._strings.push(self._detokenizer.push(token) if self._detokenizer and not stops else "")
+        if (stops or over or full) and stop is None and self._detokenizer:
+            tail, stop = self._strings.push(self._detokenizer.flush())
+            text += tail + self._strings.flush()
+        if stops or over or stop is not None:
+            self.finish_reason = "stop"
+            self.matched = stop if stop is not None else token if stops else None
         elif full:
             self.finish_reason = "length"
         self.text += text

@@ -111,6 +111,20 @@ def noisy(logits_BV: Float[Array, "B V"], state: SamplingState, position_B: Int[
     return jax.lax.cond(jnp.all(greedy_B), lambda: processed_BV, with_noise)
 
 
+@jax.named_scope("allow")
+def allow(logits_BV: Float[Array, "*B V"], allowed_BW: Int32[Array, "*B W"]) -> Float[Array, "*B V"]:
+    """Logits of the tokens that a mask allows, -inf for the others: before everything else, it makes sampling that of the
+    distribution given what is allowed.
+
+    Args:
+      logits_BV: what the model gave.
+      allowed_BW: token v is bit v mod 32 of word v // 32.
+    """
+    bits_BW32 = (allowed_BW[..., None] >> jnp.arange(32)) & 1
+    bits_BV = bits_BW32.reshape(*allowed_BW.shape[:-1], -1)[..., : logits_BV.shape[-1]]
+    return jnp.where(bits_BV > 0, logits_BV, -jnp.inf)
+
+
 @jax.named_scope("logprobs")
 def logprobs(logits_BV: Float[Array, "B V"], token_B: Int[Array, "B"], n: int) -> Logprobs:
     """Log-softmax of the raw logits at the emitted tokens, and the `n` most likely tokens.

@@ -40,6 +40,7 @@ _RANGES: dict[str, _Range] = {
     "logprobs": _Range(0, MAX_LOGPROBS, "use None for no logprobs, 0 for those of the emitted tokens alone"),
 }
 _OPTIONAL = ("max_new_tokens", "seed", "logprobs")
+_CONSTRAINTS = ("json_schema", "regex", "grammar")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ class SamplingParams:
       stop_token_ids: Token ids that end it, besides the model's own.
       ignore_eos: Go on after the model's end-of-sequence tokens.
       include_stop_str_in_output: Leave the stop string at the end of the text.
+      json_schema: Write JSON that this schema, a mapping or its text, describes. Values are set apart as by Python's
+        `json.dumps`, unless the schema has an "x-guidance" of its own: {"whitespace_flexible": true} allows any space.
+      regex: Write text that all of this regular expression matches.
+      grammar: Write text of this grammar, in Lark's notation or as EBNF (GBNF).
     """
 
     max_new_tokens: int | None = None
@@ -81,6 +86,14 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
+    json_schema: Mapping[str, Any] | str | None = field(default=None, hash=False)
+    regex: str | None = None
+    grammar: str | None = None
+
+    @property
+    def constraint(self) -> str | None:
+        """Which of the fields that constrain the text is set."""
+        return next((name for name in _CONSTRAINTS if getattr(self, name) is not None), None)
 
     def validate(self, vocab: int) -> None:
         """Check every field against its range and a vocabulary of `vocab` tokens.
@@ -111,6 +124,9 @@ class SamplingParams:
             raise ValueError(f"stop {self.stop!r} is a single string, not a tuple of them; use ({self.stop!r},)")
         if "" in self.stop:
             raise ValueError(f"stop {self.stop!r} has an empty string, which matches everywhere; leave it out")
+        given = [name for name in _CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given; a text follows one of them")
 
 
 @jax.tree_util.register_pytree_with_keys_class

@@ -68,7 +68,7 @@ class Programs:
             threads: how many are compiled at a time.
         """
         always = ("admit", "retire", *(("collect", "land") if offloads else ()))
-        names = [name for name in (*always, *shapes) if name not in self._compiled]
+        names = [name for name in dict.fromkeys((*always, *shapes)) if name not in self._compiled]
         with ThreadPoolExecutor(threads) as pool:
             done = pool.map(lambda name: self._lowered(name, cache, state).compile(), names)
             bar = tqdm(done, "compiling programs", len(names), disable=not progress, leave=False)

@@ -20,6 +20,9 @@ class EngineConfig:
         pages: of the cache; None is enough for `max_num_seqs` sequences of half the length, and one of the whole.
         chunk_tokens: most prompt tokens of a dispatch, while which nobody decodes.
         num_draft: tokens that the MTP layer drafts in a round; 0 does not speculate.
+        grammars: serve requests with a JSON schema, a regular expression or a grammar; more programs are compiled for them.
+        grammar_share: of the device's time that each sequence under a grammar may take from those who decode, in rounds of
+            its own; half at most for all.
         max_rounds: most rounds of a dispatch.
         dispatch_seconds: that a dispatch of decoding should take while nobody waits; a quarter of it when somebody does.
         dispatch_ahead: dispatch the next program before the log of the last one is read.
@@ -40,6 +43,8 @@ class EngineConfig:
     pages: int | None = None
     chunk_tokens: int = 512
     num_draft: int = 0
+    grammars: bool = False
+    grammar_share: float = 0.05
     max_rounds: int = 32
     dispatch_seconds: float = 0.04
     dispatch_ahead: bool = True
@@ -63,6 +68,8 @@ class EngineConfig:
             )
         if self.recorded_dispatches < 0:
             raise ValueError(f"recorded_dispatches {self.recorded_dispatches} is negative; use 0 to record nothing")
+        if not 0 < self.grammar_share <= 1:
+            raise ValueError(f"grammar_share {self.grammar_share} is outside 0..1; give what a sequence may take")
         if self.num_draft < 0:
             raise ValueError(f"num_draft {self.num_draft} is negative; use 0 not to speculate")
         if self.chunk_tokens % self.page_size:

@@ -42,7 +42,7 @@ from glmjax.serving.stream import Stream
 
 _COUNTED = (
     *("dispatches", "finished", "prompt_tokens", "cached_tokens", "new_tokens"),
-    *("rounds", "drafted", "accepted", "preemptions", "replays"),
+    *("rounds", "drafted", "accepted", "forced", "preemptions", "replays"),
     *("suspicions", "benign", "restarts", "aborts", "landed", "dropped"),
 )
 
@@ -71,7 +71,7 @@ class Engine:
         hooks: what researchers look at or change in layers, of requests that choose it; None for nothing.
 
     Raises:
-        ValueError: the configuration does not fit the model.
+        ValueError: the configuration does not fit the model, which may be unable to follow grammars.
     """
 
     def __init__(
@@ -88,7 +88,9 @@ class Engine:
             )
         if self.config.num_draft and glm.weights.mtp is None:
             raise ValueError(f"num_draft is {self.config.num_draft} and the model has no MTP layer; set it to 0")
-        shapes = Shapes(self.config, self.max_model_len)
+        if self.config.grammars:
+            _ = glm.grammars  # refuses models that cannot follow any, and takes a while
+        shapes = Shapes(self.config, self.max_model_len, glm.config.vocab_size)
         self._faults, self._offload = Faults(self.config.faults), None
         if self.config.offload_bytes:
             size = self.config.page_size
@@ -149,7 +151,8 @@ class Engine:
             **fields: fields of `SamplingParams`, instead of or over those of `params`.
 
         Raises:
-            ValueError: bad parameters, an empty prompt, an id outside the vocabulary, more tokens than fit.
+            ValueError: bad parameters, an empty prompt, an id outside the vocabulary, more tokens than fit, a grammar that
+                cannot be followed, in llguidance's words, or any where `EngineConfig.grammars` is off.
             QueueFullError: too many requests wait.
             ClosedError: the engine has been closed.
         """
@@ -158,6 +161,10 @@ class Engine:
         if hook and self.hooks is None:
             raise ValueError(f"hook is {hook!r} and the engine has no hooks; make it with Engine(…, hooks=Hooks(…))")
         asked = self.glm.asked(prompt, params, template=template, limit=self.max_model_len, **fields)
+        if asked.matcher is not None and not self.config.grammars:
+            raise ValueError(
+                f"{asked.params.constraint} is given and grammars are off; set EngineConfig(grammars=True)"
+            )
         now = time.monotonic()
         stream = Stream(n, lambda: self._command(cancel))
         first = asked.params.seed or 0
@@ -168,6 +175,7 @@ class Engine:
                 new_tokens=asked.new_tokens,
                 stops=asked.stops,
                 tokenizer=self.glm.tokenizer,
+                matcher=asked.matcher,
                 stream=stream,
                 index=i,
                 client=client,

@@ -13,6 +13,10 @@ class UnavailableError(RuntimeError):
     """The engine could not finish a request through no fault of the request's; another replica may."""
 
 
+class GrammarError(RuntimeError):
+    """A grammar could not be followed to its end: it is too complex. What was emitted until then was delivered."""
+
+
 class AnomalyError(UnavailableError):
     """A request's output was garbled: its pages held what they should not.
 

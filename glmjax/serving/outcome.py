@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from glmjax.serving.anomaly import AnomalyRules
-from glmjax.serving.errors import AnomalyError, UnavailableError
+from glmjax.serving.errors import AnomalyError, GrammarError, UnavailableError
 from glmjax.serving.pages import OK
 from glmjax.serving.plan import Plan
 from glmjax.serving.programs import Log
@@ -71,9 +71,14 @@ class Outcome:
             running.waiting.push_back(sibling)
         request.siblings.clear()
 
+        if (matcher := request.reply.matcher) is not None and matcher.error:
+            running.end(request, now, GrammarError(f"the grammar is too complex: {matcher.error}; simplify it"))
+            return
         known = min(len(tokens), len(sequence.expected) - sequence.confirmed)
         if known and not self._confirmed(sequence, log.gap_BS[b, :known], now):
             return
+        if matcher is not None and not known and plan.guesses is not None:
+            running.counts["forced"] += min(len(tokens), int((plan.guesses.guess_BT[b] >= 0).sum()))
         decoded = plan.shape.kind == "decode"
         if decoded:  # before its last chunk, which tells the statistics
             self._count_rounds(sequence, counts, drafts)

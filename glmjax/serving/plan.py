@@ -117,16 +117,35 @@ def chunks_of(shape: Shape, sequences: Several[Sequence]) -> Chunks:
         ids_BT[b, : len(piece)] = piece
         begin_B[b], count_B[b] = sequence.sent, len(piece)
         final_B[b] = sequence.sent + len(piece) == len(sequence.ids)
-    return Chunks(*frozen(ids_BT, begin_B, count_B, final_B, first_B))
+    drawing = [sequence if final else None for sequence, final in zip(sequences, final_B, strict=False)]
+    allowed_B1W = masks_of(shape, 1, drawing)
+    allowed_BW = None if allowed_B1W is None else allowed_B1W[:, 0]
+    return Chunks(*frozen(ids_BT, begin_B, count_B, final_B, first_B), allowed_BW)
 
 
 def guesses_of(shape: Shape, sequences: Several[Sequence]) -> Guesses:
-    """The next tokens of each sequence that are to be confirmed."""
+    """The next tokens of each sequence, which are to be confirmed or which its grammar forces."""
     guess_BT = np.full((shape.batch, shape.width - 1), -1, np.int32)
+    forced_B = np.zeros(shape.batch, bool)
     for b, sequence in enumerate(sequences):
-        piece = sequence.expected[sequence.confirmed :][: shape.width - 1]
-        guess_BT[b, : len(piece)] = piece
-    return Guesses(*frozen(guess_BT, np.ones(shape.batch, bool)))
+        piece = sequence.guesses(shape.width - 1)
+        guess_BT[b, : len(piece)], forced_B[b] = piece, sequence.confirming
+    return Guesses(*frozen(guess_BT, forced_B), masks_of(shape, shape.width, sequences))
+
+
+def masks_of(shape: Shape, width: int, sequences: Several[Sequence | None]) -> np.ndarray | None:
+    """What grammars allow after each sequence's newest token and its guesses, int32 [B, T, W]; everything without one.
+
+    None where the program masks nothing.
+    """
+    if not shape.words:
+        return None
+    allowed_BTW = np.full((shape.batch, width, shape.words), -1, np.int32)
+    for b, sequence in enumerate(sequences):
+        if sequence is not None and (matcher := sequence.matcher) is not None:
+            mask_TW = matcher.allowed(sequence.guesses(width - 1))
+            allowed_BTW[b, : len(mask_TW)] = mask_TW
+    return frozen(allowed_BTW)[0]
 
 
 def frozen(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:

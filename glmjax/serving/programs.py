@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from glmjax.model.cache import last_token
-from glmjax.model.sampling import Logprobs, logprobs, noisy, observe
+from glmjax.model.sampling import Logprobs, allow, logprobs, noisy, observe
 from glmjax.model.sampling_params import MAX_LOGPROBS
 from glmjax.pallas.blocks import window_start
 from glmjax.serving import pages
@@ -67,6 +67,7 @@ class Chunks:
         count_B: int32, tokens of it; 0 where the whole prompt is cached.
         final_B: bool, the prompt ends here: draw the token after it.
         first_B: int32, a token to emit instead of drawing one, −1 for none: a record that is to be confirmed.
+        allowed_BW: int32, masks of the token that is drawn (`glmjax.model.sampling.allow`); None without grammars.
     """
 
     ids_BT: Any
@@ -74,6 +75,7 @@ class Chunks:
     count_B: Any
     final_B: Any
     first_B: Any
+    allowed_BW: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -84,10 +86,12 @@ class Guesses:
     Attributes:
         guess_BT: int32, the tokens after each sequence's newest; −1 after the last.
         forced_B: bool, emit them whatever would have been drawn, and tell by how much that was ahead.
+        allowed_BTW: int32, masks of the tokens after the newest and after each guess; None without grammars.
     """
 
     guess_BT: Any
     forced_B: Any
+    allowed_BTW: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -160,7 +164,8 @@ def read_chunks(
     mine, draws_B = slots.take(batch.slot_B), takes_part_B & chunks.final_B
     tail_BD = last_token(step, hidden_BTD, before_BD)
     logits_B1V = model.head(tail_BD[:, None].astype(model.dtype))
-    scores_BV = noisy(logits_B1V[:, 0], mine.sampling, length_B)
+    drawn_BV = logits_B1V[:, 0] if chunks.allowed_BW is None else allow(logits_B1V[:, 0], chunks.allowed_BW)
+    scores_BV = noisy(drawn_BV, mine.sampling, length_B)
     token_B = jnp.where(chunks.first_B >= 0, chunks.first_B, jnp.argmax(scores_BV, axis=1)).astype(jnp.int32)
     gap_B1 = jnp.max(scores_BV, axis=1, keepdims=True) - jnp.take_along_axis(scores_BV, token_B[:, None], axis=1)
     stopped_B = draws_B & jnp.any(token_B[:, None] == batch.stop_BU, axis=1)
@@ -317,7 +322,15 @@ def verify_chain(
     room_B = running.room_B(state, jnp.zeros(len(state.position_B), bool))
     chain_BT = jnp.concatenate([state.token_B[:, None], guesses.guess_BT], axis=1)
     reading = dataclasses.replace(state, position_B=jnp.where(room_B > 0, state.position_B, -1))
-    out = verify(model, reading, chain_BT, room_B=room_B, stop_BU=batch.stop_BU, forced_B=guesses.forced_B)
+    out = verify(
+        model,
+        reading,
+        chain_BT,
+        room_B=room_B,
+        stop_BU=batch.stop_BU,
+        forced_B=guesses.forced_B,
+        allowed_BTW=guesses.allowed_BTW,
+    )
     after = dataclasses.replace(out.state, position_B=state.position_B + out.count_B)
     scores_BS = _scores(batch.scored, out.logits_BTV, out.tokens_BT)
     captured_BS, count_1B = out.observed if hooks else {}, out.count_B[None]

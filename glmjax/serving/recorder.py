@@ -1,7 +1,7 @@
 """The flight recorder: what was dispatched lately, so that it can be dispatched again (`glmjax.serving.replay`).
 
-It keeps plans and logs without what is large in them (pages that land, logprobs), and begins anew every so many dispatches, with a
-snapshot: whose tokens are in which pages. The last recording and the one before it are there to be saved.
+It keeps plans and logs without what is large in them (pages that land, logprobs; masks once each), and begins anew every so many
+dispatches, with a snapshot: whose tokens are in which pages. The last recording and the one before it are there to be saved.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from glmjax.model.sampling_params import SamplingParams
+from glmjax.serving import masks
 from glmjax.serving.hooks import treatment_of
+from glmjax.serving.masks import Masks
 from glmjax.serving.offload import Move
 from glmjax.serving.pages import PageTable
 from glmjax.serving.plan import Admission, Plan
@@ -117,11 +119,14 @@ class Recorder:
     def begin(self) -> None:
         """With an empty cache."""
         self._recordings = (Recording(Snapshot((0,) * self._pages), []),)
+        self._masks: dict[str, bytes] = {}
 
     def dispatched(self, plan: Plan) -> Flight:
         """Keep a plan."""
         moves = tuple(dataclasses.replace(move, pages=()) for move in plan.moves)
         kept = dataclasses.replace(plan, sequences=(), moves=moves)
+        if self._length:
+            kept = masks.packed(kept, self._masks)
         flight = Flight(kept, tuple(sequence.request.number for sequence in plan.sequences))
         if self._length:
             self._recordings[-1].flights.append(flight)
@@ -138,6 +143,7 @@ class Recorder:
             unread = (n for n, flight in enumerate(flights) if flight.requests and flight.log is None)
             left = flights[next(unread, len(flights)) :]
             self._recordings = (self._recordings[-1], Recording(snapshot(running, left), list(left)))
+            self._masks = {}
 
     def save(self, path: Path, header: dict[str, Any]) -> None:
         """Write what is kept into a file.
@@ -150,8 +156,9 @@ class Recorder:
             {"snapshot": _plain(of.snapshot), "flights": [_plain(flight) for flight in list(of.flights)]}
             for of in self._recordings
         ]
+        plans = (flight.plan for of in self._recordings for flight in list(of.flights))
         with gzip.open(path, "wt", encoding="utf-8") as file:
-            json.dump({"header": header, "recordings": found}, file)
+            json.dump({"header": header, "recordings": found, "masks": masks.told(plans)}, file)
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Recording]]:
@@ -163,8 +170,9 @@ def load(path: Path) -> tuple[dict[str, Any], list[Recording]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             found = json.load(file)
+        rows = masks.read(found["masks"])
         recordings = [
-            Recording(_snapshot(of["snapshot"]), [_flight(flight) for flight in of["flights"]])
+            Recording(_snapshot(of["snapshot"]), [_flight(flight, rows) for flight in of["flights"]])
             for of in found["recordings"]
         ]
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
@@ -219,6 +227,8 @@ def _plain(value: Any) -> Any:
             "ids": list(value.ids),
             "hook": hook,
         }
+    if isinstance(value, Masks):
+        return {"shape": value.shape, "names": value.names}
     if isinstance(value, Log):
         return {name: getattr(value, name).tolist() for name in _TOLD}
     if dataclasses.is_dataclass(value):
@@ -240,9 +250,17 @@ def _array(value: Any) -> np.ndarray:
     return array if array.dtype == bool else array.astype(np.int32)
 
 
-def _arrays(kind: Any, of: dict[str, Any] | None) -> Any:
-    """A dataclass of arrays."""
-    return None if of is None else kind(**{name: _array(value) for name, value in of.items()})
+def _arrays(kind: Any, of: dict[str, Any] | None, rows: Mapping[str, bytes] | None = None) -> Any:
+    """A dataclass of arrays, masks aside."""
+    if of is None:
+        return None
+
+    def value_of(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return Masks(tuple(value["shape"]), tuple(value["names"]), rows)
+        return None if value is None else _array(value)
+
+    return kind(**{name: value_of(value) for name, value in of.items()})
 
 
 def _admission(of: dict[str, Any]) -> Admission:
@@ -266,7 +284,7 @@ def _snapshot(of: dict[str, Any]) -> Snapshot:
     return Snapshot(tuple(of["versions"]), tuple(map(_filled, of["cached"])), tuple(slots))
 
 
-def _flight(of: dict[str, Any]) -> Flight:
+def _flight(of: dict[str, Any], rows: Mapping[str, bytes]) -> Flight:
     plan, log = of["plan"], of["log"]
     batch = dict(plan["batch"])
     table = _arrays(PageTable, batch.pop("table"))
@@ -280,8 +298,8 @@ def _flight(of: dict[str, Any]) -> Flight:
             sequences=(),
             admitted=tuple(map(_admission, plan["admitted"])),
             batch=Batch(table=table, **arrays),
-            chunks=_arrays(Chunks, plan["chunks"]),
-            guesses=_arrays(Guesses, plan["guesses"]),
+            chunks=_arrays(Chunks, plan["chunks"], rows),
+            guesses=_arrays(Guesses, plan["guesses"], rows),
             end_B=None if plan["end_B"] is None else _array(plan["end_B"]),
             rounds=None if plan["rounds"] is None else _array(plan["rounds"]),
             moves=tuple(map(_move, plan["moves"])),

@@ -23,6 +23,7 @@ from glmjax.model.sampling_params import SamplingParams
 from glmjax.nano import NANO
 from glmjax.serving.compiled import Programs
 from glmjax.serving.hooks import Hooks
+from glmjax.serving.masks import unpacked
 from glmjax.serving.offload import Move
 from glmjax.serving.pages import OK, PagedCache, PageRecords
 from glmjax.serving.plan import Plan, batch_of, frozen
@@ -100,7 +101,7 @@ class Replay:
         """Everything that was dispatched, part by part."""
         self._restore(recording.snapshot)
         for number, flight in enumerate(recording.flights):
-            log = self._fly(flight.plan)
+            log = self._fly(unpacked(flight.plan))
             for b, request in enumerate(flight.requests):
                 leases = np.stack([flight.plan.batch.table.pages_BM[b], flight.plan.batch.table.versions_BM[b]], 1)
                 yield Again(

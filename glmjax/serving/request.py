@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Hashable
 
+from glmjax.model.grammar import Matcher
 from glmjax.model.reply import Reply
 from glmjax.model.sampling_params import SamplingParams
 from glmjax.model.stops import Stops
@@ -28,6 +29,7 @@ class Request:
         new_tokens: most tokens to emit.
         stops: the model's and the request's.
         tokenizer: for text and stop strings, or None.
+        matcher: of its grammar, at its beginning; or None.
         stream: where its tokens go.
         index: which of the stream's sequences it is.
         client: who asks, for fairness among those who wait.
@@ -60,6 +62,7 @@ class Request:
     new_tokens: int
     stops: Stops = dataclasses.field(default_factory=Stops)
     tokenizer: Tokenizer | None = None
+    matcher: Matcher | None = None
     stream: Stream = dataclasses.field(default_factory=Stream)
     index: int = 0
     client: Hashable = None
@@ -92,7 +95,8 @@ class Request:
     def restart(self) -> None:
         """Nothing has been emitted."""
         include = self.params.include_stop_str_in_output
-        self.reply = Reply(self.stops, self.tokenizer, self.new_tokens, include)
+        matcher = self.matcher and self.matcher.at(0)
+        self.reply = Reply(self.stops, self.tokenizer, self.new_tokens, include, matcher)
         self.detector = Detector(self.rules)
 
     @property

@@ -28,8 +28,9 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig, shapes: Shapes, running: Running):
         self._config, self._shapes, self._running = config, shapes, running
-        self._turns: list[Callable[[], Plan | None]] = [self._read, self._confirm, self._decode]
+        self._turns: list[Callable[[], Plan | None]] = [self._read, self._confirm, self._obey, self._decode]
         self._round_seconds: dict[Shape, float] = {}
+        self._credit = 0.0  # seconds; below 0, those under grammars owe others time
 
     def plan(self, now: float) -> Plan | None:
         """The next dispatch, or None where there is nothing to do before a log has been read.
@@ -59,18 +60,23 @@ class Scheduler:
         return dataclasses.replace(plan, admitted=admitted, batch=batch, moves=moves)
 
     def learn(self, plan: Plan, log: Log, seconds: float) -> None:
-        """How long a round takes."""
+        """How long a round takes, and what those under grammars have had."""
         if plan.shape is not None and plan.shape.kind == "decode" and log.rounds:
             before = self._round_seconds.get(plan.shape, seconds / log.rounds)
             self._round_seconds[plan.shape] = 0.7 * before + 0.3 * seconds / log.rounds
+            constrained = sum(s.request.reply.matcher is not None for s in self._running.sequences)
+            share = min(0.5, self._config.grammar_share * constrained)
+            self._credit = min(0.0, self._credit + seconds * share / (1 - share))
+        elif plan.guesses is not None and not plan.guesses.forced_B.any():
+            self._credit -= seconds
 
     def _next(self) -> Plan | None:
-        """Reading, confirming and decoding take turns."""
+        """Reading, confirming, rounds under grammars and decoding take turns."""
         for n, turn in enumerate(self._turns):
             if (plan := turn()) is not None:
                 self._turns = self._turns[n + 1 :] + self._turns[: n + 1]
                 return plan
-        return None
+        return self._obey(owing=True)
 
     def _read(self) -> Plan | None:
         """Chunks of prompts; who has had one goes to the end of the line."""
@@ -96,6 +102,28 @@ class Scheduler:
                 end = sequence.end if left < shape.width else sequence.position + shape.width - 1
                 return Plan(shape, (sequence,), guesses=guesses, end_B=frozen(np.int32([end]))[0], promised=(1,))
         return None
+
+    def _obey(self, owing: bool = False) -> Plan | None:
+        """A round of all whose grammars know what has come: along what these force, and a token more.
+
+        Args:
+            owing: whether they may take time from others that they do not have: nobody else can be served.
+        """
+        if self._credit < 0 and not owing and any(s.decodes for s in self._running.sequences):
+            return None
+        obeying = sorted(
+            (s for s in self._running.sequences if s.obeys), key=lambda s: (s.request.priority, s.request.number)
+        )
+        most = self._shapes.obeyed
+        chosen = tuple(s for s in obeying if self._running.grow(s, 1 + len(s.guesses(most - 1))))
+        if not chosen:
+            return None
+        tokens = max(1 + len(s.guesses(most - 1)) for s in chosen)
+        shape = self._shapes.obey(len(chosen), tokens, max(len(s.leases) for s in chosen))
+        end_B = np.zeros(shape.batch, np.int32)
+        end_B[: len(chosen)] = [s.end for s in chosen]
+        guesses = guesses_of(shape, chosen)
+        return Plan(shape, chosen, guesses=guesses, end_B=frozen(end_B)[0], promised=(1,) * len(chosen))
 
     def _decode(self) -> Plan | None:
         """Rounds of all that decode and have the pages for it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from glmjax.model.grammar import Matcher
 from glmjax.serving.offload import Loading
 from glmjax.serving.pool import Lease
 from glmjax.serving.request import Request
@@ -87,6 +88,28 @@ class Sequence:
 
     @property
     def decodes(self) -> bool:
-        """Whether another dispatch may bring it further."""
+        """Whether another dispatch may bring it further, without a grammar."""
+        return self.request.reply.matcher is None and self._goes_on
+
+    @property
+    def obeys(self) -> bool:
+        """Whether another round may bring it further under its grammar, which has to know all tokens before."""
+        return self.request.reply.matcher is not None and self._goes_on and not self.unread
+
+    @property
+    def _goes_on(self) -> bool:
         ready = self.begun and self.leaving is None and not self.confirming
         return ready and self.position + self.promised < self.end
+
+    @property
+    def matcher(self) -> Matcher | None:
+        """Where it is in its grammar: after its newest token that is known, or confirmed."""
+        matcher = self.request.reply.matcher
+        return matcher.at(self.confirmed) if matcher and self.confirming else matcher
+
+    def guesses(self, most: int) -> list[int]:
+        """Tokens that come next: those to be confirmed, or those that its grammar forces."""
+        matcher = self.request.reply.matcher
+        if self.confirming:
+            return list(self.expected[self.confirmed :][:most])
+        return list(matcher.forced[:most]) if matcher else []

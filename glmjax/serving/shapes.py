@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
+from glmjax.model.grammar import words_of
 from glmjax.serving.config import EngineConfig
 
 
@@ -16,12 +17,18 @@ class Shape(NamedTuple):
         batch: B, sequences.
         width: T, tokens of a chunk; when decoding, of a round: num_draft + 1; when verifying, of a chain.
         pages: M, pages of a sequence.
+        words: W, of masks over the vocabulary; 0 where nothing is masked.
     """
 
     kind: Literal["read", "decode", "verify"]
     batch: int
     width: int
     pages: int
+    words: int = 0
+
+
+_OBEYED = (1, 8)
+"""Tokens of a sequence in a round under its grammar: the one that it draws, and those that are forced before it."""
 
 
 class Shapes:
@@ -30,12 +37,16 @@ class Shapes:
     Args:
         config: the engine's.
         max_model_len: tokens of a sequence.
+        vocab: V, for masks where there are grammars.
 
     Attributes:
         confirmed: tokens of a round that confirms, the newest one included.
+        obeyed: most tokens of a sequence in a round under its grammar.
     """
 
-    def __init__(self, config: EngineConfig, max_model_len: int):
+    obeyed = _OBEYED[-1]
+
+    def __init__(self, config: EngineConfig, max_model_len: int, vocab: int = 0):
         size = config.page_size
         most = -(-max_model_len // size)
         fewest = min(most, max(1, 512 // size))
@@ -47,12 +58,15 @@ class Shapes:
         self._chunks = [*alone, (together, size)] if fits else alone
         self.confirmed = max(2, size)
         self._width = config.num_draft + 1
+        self._words = words_of(vocab) if config.grammars else 0
 
     def __iter__(self) -> Iterable[Shape]:
         for pages in self._pages:
-            yield from (Shape("read", batch, width, pages) for batch, width in self._chunks)
+            yield from (Shape("read", batch, width, pages, self._words) for batch, width in self._chunks)
             yield from (self.decode(batch, pages) for batch in self._batches)
             yield self.confirm(pages)
+            if self._words:
+                yield from (self.obey(batch, width, pages) for batch in self._batches for width in _OBEYED)
 
     def decode(self, sequences: int, pages: int) -> Shape:
         """For so many sequences of up to so many pages."""
@@ -60,7 +74,12 @@ class Shapes:
 
     def confirm(self, pages: int) -> Shape:
         """For a stretch of one sequence's tokens, with so many pages."""
-        return Shape("verify", 1, self.confirmed, _least(self._pages, pages))
+        return Shape("verify", 1, self.confirmed, _least(self._pages, pages), self._words)
+
+    def obey(self, sequences: int, tokens: int, pages: int) -> Shape:
+        """For a round of so many sequences that follow grammars, with up to so many tokens of each."""
+        width = _least(_OBEYED, min(tokens, self.obeyed))
+        return Shape("verify", _least(self._batches, sequences), width, _least(self._pages, pages), self._words)
 
     def read(self, left: Sequence[int], pages: Sequence[int]) -> Shape:
         """For the prompts at the head of a line: the shape that reads most of them and pads least.
@@ -76,7 +95,7 @@ class Shapes:
             return useful - 0.5 * (batch * width - useful)
 
         batch, width = max(self._chunks, key=worth)
-        return Shape("read", batch, width, _least(self._pages, max(pages[:batch])))
+        return Shape("read", batch, width, _least(self._pages, max(pages[:batch])), self._words)
 
 
 def _doubling(first: int, last: int, by: int = 2) -> Iterable[int]:

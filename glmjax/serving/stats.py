@@ -20,10 +20,11 @@ class EngineStats:
         prompt_tokens: of the requests admitted.
         cached_tokens: of these, found in the prefix tree.
         new_tokens: emitted.
-        rounds: of decoding, each sequence's counted.
+        rounds: of decoding, each sequence's counted; those under a grammar are not.
         drafted: drafts proposed.
         accepted: drafts accepted.
         accepted_at: drafts accepted at each position of a round.
+        forced: tokens to which grammars left no alternative, emitted along with the one after them; no drafts.
         preemptions: sequences whose pages went to others.
         replays: sequences whose pages a fault took.
         suspicions: requests whose drafts were accepted suspiciously seldom or often.
@@ -54,6 +55,7 @@ class EngineStats:
     drafted: int = 0
     accepted: int = 0
     accepted_at: tuple[int, ...] = ()
+    forced: int = 0
     preemptions: int = 0
     replays: int = 0
     suspicions: int = 0

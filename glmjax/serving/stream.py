@@ -36,7 +36,7 @@ class Statistics:
         prompt_tokens: tokens of the prompt.
         cached_tokens: of these, found in the prefix tree.
         new_tokens: tokens emitted.
-        rounds: of decoding, the first token aside.
+        rounds: of decoding, the first token aside; none under a grammar.
         drafted: drafts proposed.
         accepted: drafts accepted.
         queue_seconds: until it was admitted.
@@ -81,7 +81,7 @@ class Chunk:
         index: which of the request's n sequences.
         scores: one for each token, where logprobs were asked for.
         finish_reason: "stop", "length" or "cancelled" on the last chunk, else None.
-        matched: the stop token or string that ended it, or None.
+        matched: the stop token or string that ended it, or None: also where nothing more was allowed by the grammar.
         statistics: on the last chunk.
     """
 

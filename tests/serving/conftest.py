@@ -16,7 +16,7 @@ def compiled_once():
         leaves, structure = jax.tree.flatten((self._leaves, cache, state))
         sizes = self._most_rounds, self._most_retired, self._stop_ids
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        key = name, sizes, self._structure, structure, shapes
+        key = name, sizes, self._hooks, self._structure, structure, shapes
 
         def compile():
             if key not in found:

@@ -1,0 +1,136 @@
+"""Grammars: which tokens may come next, by llguidance, whose state is on the host.
+
+A grammar says which texts may be written; a token is allowed where some such text goes on with it, an end-of-turn token
+where the text may be over. `Matcher.allowed` gives masks for the device, a bit for each token: what is drawn under them is
+distributed as what the model says, given that it is allowed (`glmjax.model.sampling.allow`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+
+from glmjax.model.sampling_params import SamplingParams
+from glmjax.model.stops import Stops
+from glmjax.model.tokenizer import Tokenizer
+
+_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Grammars:
+    """Makes matchers for a model's vocabulary. Any thread may call it.
+
+    Args:
+        tokenizer: the model's.
+        stops: its end-of-turn tokens.
+        vocab: V, the width of the logits.
+
+    Raises:
+        ValueError: there is no tokenizer, or no token that ends a turn.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stops: Stops, vocab: int):
+        if tokenizer is None:
+            raise ValueError("grammars need a tokenizer; this model was loaded without one")
+        if not stops.token_ids:
+            raise ValueError("grammars need a token that ends a turn; name one as eos_token_id in config.json")
+        self._words = words_of(vocab)
+        self._vocabulary = LLTokenizer(tokenizer.raw.to_str(), n_vocab=vocab, eos_token=sorted(stops.token_ids))
+
+    def matcher(self, params: SamplingParams) -> Matcher | None:
+        """Of what a sequence asks for, at its beginning; None where it asks for no grammar.
+
+        Raises:
+            ValueError: what it asks for is no grammar that can be followed, in llguidance's words.
+        """
+        if (name := params.constraint) is None:
+            return None
+        try:
+            text = _text(name, getattr(params, name))
+        except ValueError as error:
+            raise ValueError(f"{name} is not one: {error}") from error
+        limits = LLParserLimits(verbose_errors=False)
+        matcher = LLMatcher(self._vocabulary, text, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise ValueError(f"{name} cannot be followed: {matcher.get_error()}")
+        return Matcher(matcher, self._words)
+
+
+class Matcher:
+    """Where a sequence is in its grammar. One thread at a time.
+
+    Args:
+        raw: llguidance's.
+        words: W, of a mask.
+        length: tokens it has seen.
+    """
+
+    def __init__(self, raw: LLMatcher, words: int, length: int = 0):
+        self._raw, self._words, self._length = raw, words, length
+        self._forced: list[int] | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing may follow."""
+        return self._raw.is_stopped() and not self._raw.is_error()
+
+    @property
+    def error(self) -> str:
+        """Why the grammar could not be followed any further, or ""."""
+        return self._raw.get_error() if self._raw.is_error() else ""
+
+    @property
+    def forced(self) -> list[int]:
+        """Tokens to which there is no alternative; each is the only one allowed."""
+        if self._forced is None:
+            self._forced = self._raw.compute_ff_tokens()
+        return self._forced
+
+    def push(self, token: int) -> None:
+        """Add a token."""
+        self._raw.consume_token(token)
+        self._length += 1
+        self._forced = None
+
+    def allowed(self, chain: Sequence[int] = ()) -> np.ndarray:
+        """Which tokens may come now, and after each of a chain of allowed ones: int32 [1 + chain, W].
+
+        Token v is bit v mod 32 of word v // 32. Nothing is allowed after a token that is not.
+        """
+        allowed_TW = np.zeros((len(chain) + 1, self._words), np.int32)
+        seen = 0
+        for t, mask_W in enumerate(allowed_TW):
+            self._raw.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
+            if t == len(chain) or not self._raw.try_consume_tokens([chain[t]]):
+                break
+            seen += 1
+        if seen:
+            self._raw.rollback(seen)
+        return allowed_TW
+
+    def at(self, length: int) -> Matcher:
+        """As it was after so many tokens; a matcher of its own."""
+        raw = self._raw.deep_copy()
+        if length < self._length:
+            raw.rollback(self._length - length)
+        return Matcher(raw, self._words, length)
+
+
+def words_of(vocab: int) -> int:
+    """W, words of a mask over so many tokens."""
+    return -(-vocab // 32)
+
+
+def _text(name: str, given: Any) -> str:
+    """In llguidance's words."""
+    if name != "json_schema":
+        return grammar_from(name, given)
+    schema = given if isinstance(given, Mapping) else json.loads(given)
+    if not isinstance(schema, Mapping):
+        raise ValueError(f"{given!r} is no JSON object")
+    own = "x-guidance" in schema
+    return LLMatcher.grammar_from_json_schema(json.dumps(dict(schema)), defaults=None if own else _SPACING)
