@@ -18,7 +18,7 @@ from glmjax.serving.pool import Pool
 from glmjax.serving.request import Request
 from glmjax.serving.sequence import Leaving, Sequence
 from glmjax.serving.stream import Chunk
-from glmjax.serving.tree import PrefixTree
+from glmjax.serving.tree import PrefixTree, common_tokens
 from glmjax.serving.waiting import Waiting
 
 MOST_RETIRED = 256
@@ -136,15 +136,46 @@ class Running:
                 stored = self._offload.find(ids, request.namespace, len(found))
                 if stored:
                     loading = self._offload.load(stored, leases[len(found) :], now + self._config.load_seconds)
-            self.sequences.append(
-                Sequence(request, slot, self._generations[slot], leases, list(ids), rows, rows, 0, loading, expected)
+            sequence = Sequence(
+                request, slot, self._generations[slot], leases, list(ids), rows, rows, 0, loading, expected
             )
+            if reuse and loading is None:
+                self._follow(sequence)
+            self.sequences.append(sequence)
             if request.admitted is None:
                 request.admitted = now
                 self.counts["prompt_tokens"] += len(request.prompt)
                 self._count_cached(request, rows)
             emitted = tuple(request.reply.ids[len(expected) :])
             yield Admission(slot, self._generations[slot], request.params, tuple(request.prompt), emitted)
+
+    def _follow(self, sequence: Sequence) -> None:
+        """Find who is reading most of what a sequence would read: nobody reads it twice."""
+        request, sequence.common = sequence.request, sequence.rows
+        for other in self.sequences:
+            shares = other.request.reuse and not other.request.suspects and other.leaving is None
+            if not shares or other.request.namespace != request.namespace or other.request.priority > request.priority:
+                continue
+            common = common_tokens(other.ids, sequence.ids) // self._size * self._size
+            if common > max(sequence.common, other.rows):
+                sequence.leader, sequence.common = other, common
+
+    def waits(self, sequence: Sequence) -> bool:
+        """Whether its leader is still reading. If not, it takes what the leader has left in the prefix tree."""
+        leader = sequence.leader
+        if leader is None:
+            return False
+        if leader.leaving is None and leader.rows < sequence.common:
+            return True
+        sequence.leader, begin = None, sequence.sent // self._size
+        found = self.tree.match(sequence.ids, sequence.request.namespace)[begin:]
+        self.pool.share(found)
+        self.pool.release(sequence.leases[begin : begin + len(found)])
+        sequence.leases[begin : begin + len(found)] = found
+        sequence.sent = sequence.rows = sequence.sent + len(found) * self._size
+        if sequence.request.began is None and not sequence.request.replays:
+            self._count_cached(sequence.request, len(found) * self._size)
+        return False
 
     def land(self, now: float) -> None:
         """Pages that have come from the host's memory go where they are wanted; who has waited too long does without."""

@@ -80,7 +80,8 @@ class Scheduler:
 
     def _read(self) -> Plan | None:
         """Chunks of prompts; who has had one goes to the end of the line."""
-        line = sorted((s for s in self._running.sequences if s.reads), key=lambda s: (s.request.priority, s.turn))
+        reading = [s for s in self._running.sequences if s.reads and not self._running.waits(s)]
+        line = sorted(reading, key=lambda s: (s.request.priority, s.turn))
         if not line:
             return None
         shape = self._shapes.read([len(s.ids) - s.sent for s in line], [len(s.leases) for s in line])

@@ -37,6 +37,8 @@ class Sequence:
         expected: tokens it had emitted before, which are to be confirmed.
         confirmed: how many of them have been.
         turn: chunks it has had, for turns among those who read.
+        leader: who is reading the same prefix, which is waited for instead of reading it, too; or None.
+        common: tokens of that prefix, whole pages.
         begun: the dispatch that draws its first token has been made.
         unread: dispatches whose log has not been read.
         promised: tokens that these will emit at least, if they do not stop before.
@@ -55,6 +57,8 @@ class Sequence:
     expected: tuple[int, ...] = ()
     confirmed: int = 0
     turn: int = 0
+    leader: Sequence | None = None
+    common: int = 0
     begun: bool = False
     unread: int = 0
     promised: int = 0

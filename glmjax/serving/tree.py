@@ -229,3 +229,10 @@ def keys(ids: Sequence[int] | np.ndarray, page_size: int) -> Iterator[bytes]:
     ids = np.asarray(ids, np.int32)
     for begin in range(0, len(ids) - page_size + 1, page_size):
         yield ids[begin : begin + page_size].tobytes()
+
+
+def common_tokens(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two lists have in common at their beginning."""
+    most = min(len(a), len(b))
+    differing = np.flatnonzero(np.asarray(a[:most]) != np.asarray(b[:most]))
+    return int(differing[0]) if len(differing) else most

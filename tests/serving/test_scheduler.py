@@ -109,6 +109,28 @@ def test_a_prompt_that_is_cached_as_a_whole_is_not_read_at_all():
     assert [chunks.count_B.sum() for chunks in reads] == [0]
 
 
+def test_a_prefix_that_somebody_is_reading_is_not_read_twice():
+    bench = Bench(dataclasses.replace(CONFIG, pages=60))
+    prompts = [[*range(40), *tail] for tail in ([1, 2, 3], range(100, 120), [])]
+    requests = [bench.add(prompt) for prompt in prompts]
+    bench.run()
+    for request, prompt in zip(requests, prompts, strict=True):
+        assert told(request) == expected(prompt, 5)
+    assert [request.cached for request in requests] == [0, 40, 40]
+
+
+def test_who_waited_for_a_prefix_reads_on_where_its_reader_left():
+    bench = Bench(dataclasses.replace(CONFIG, pages=60))
+    leader, follower = bench.add(range(48)), bench.add(range(48))
+    bench.step()
+    while bench.running.sequences[0].rows < 16:
+        bench.step()
+    bench.running.end(leader, 0.0)
+    bench.run()
+    assert told(follower) == expected(range(48), 5)
+    assert 16 <= follower.cached < 48
+
+
 def test_other_salts_and_the_unwilling_share_nothing():
     bench = Bench()
     bench.add(range(17), namespace="a")
