@@ -1,5 +1,6 @@
 """Every test runs on the CPU unless told otherwise, and every annotated shape is checked."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -8,7 +9,18 @@ from jaxtyping import install_import_hook
 
 install_import_hook("glmjax", "beartype.beartype")
 
+import jax
 import pytest
+
+from tests.mapped_memory import crowded
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    yield
+    if crowded():
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(config, items):
