@@ -28,7 +28,7 @@ CONFIG = EngineConfig(
     max_model_len=64,
     max_num_seqs=3,
     page_size=8,
-    pages=20,
+    pages=14,
     chunk_tokens=16,
     num_draft=2,
     max_rounds=6,
@@ -201,7 +201,7 @@ def test_a_stop_token_and_several_sequences(engine):
 
 
 def test_preempted_requests_are_captured_once(engine):
-    """There are pages for little more than two of them."""
+    """There are pages for less than two of them."""
     asked = [(prompt(14, n), n % 3) for n in range(6)]
     fields = {"temperature": 0, "max_new_tokens": 45, "use_cache": False}
     streams = [engine.generate(ids, hook=hook, **fields) for ids, hook in asked]
