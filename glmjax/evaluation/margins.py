@@ -39,7 +39,8 @@ class Margins(NamedTuple):
     Attributes:
         token: by how much it was ahead of the second best, processed logits and noise together.
         selection: by how much the last row that attention read was ahead of the first that it did not, index scores;
-            the least over layers with an indexer.
+            the least over layers with an indexer. Where both scores are 0, no head looks at either and the earlier row
+            is read, by rule: nothing that rounding decides.
         router: the same of experts, biased router scores; the least over sparse layers.
         earlier: the least of `selection` and `router` of the tokens before, whose rows the token was made from.
         earlier_position: of the token where that is.
@@ -93,18 +94,21 @@ def margins(glm: GLM, prompt: Sequence[int], params: SamplingParams, emitted: Se
     )
 
 
-def ahead(scores: Float[Array, "*rows S"], k: int) -> Float[Array, "*rows"]:
-    """By how much the k-th best is ahead of the next: 0 where they tie, inf where no next is above −inf.
+def ahead(scores: Float[Array, "*rows S"], k: int, *, settled: float = -jnp.inf) -> Float[Array, "*rows"]:
+    """By how much the k-th best is ahead of the next: 0 where they tie, inf where nothing is chosen between.
 
     Args:
         scores: float32.
         k: how many are chosen.
+        settled: the score of what is chosen by rule only: where k-th best and next both have it, or the next is −inf,
+            the result is inf.
     """
     if k >= scores.shape[-1]:
         return jnp.full(scores.shape[:-1], jnp.inf)
     best = lax.top_k(scores, k + 1)[0]
     last, following = best[..., k - 1], best[..., k]
-    return jnp.where(following == -jnp.inf, jnp.inf, last - following)
+    by_rule = (following == -jnp.inf) | ((last == settled) & (following == settled))
+    return jnp.where(by_rule, jnp.inf, last - following)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -137,7 +141,8 @@ def _selection(model: Transformer, view: LayerView) -> jax.Array:
     def block(*query: jax.Array) -> jax.Array:
         *query, first_BT, last_BT = query
         scores_BTS = index_scores(*query, keys_BSJ)
-        return ahead(comparable(scores_BTS, visible(first_BT, last_BT, keys_BSJ.shape[1])), config.index_topk)
+        visible_BTS = visible(first_BT, last_BT, keys_BSJ.shape[1])
+        return ahead(comparable(scores_BTS, visible_BTS), config.index_topk, settled=0.0)
 
     per_query = 4 * keys_BSJ.shape[0] * keys_BSJ.shape[1] * (config.index_n_heads + 4)
     return map_query_blocks(block, per_query, *query, step.first_BT, step.positions_BT, budget=_BLOCK_BYTES)

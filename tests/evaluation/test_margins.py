@@ -52,6 +52,11 @@ def test_the_last_chosen_is_ahead_of_the_first_left_out(scores, k, expected):
     assert float(ahead(jnp.array([scores]), k)[0]) == expected
 
 
+def test_a_tie_by_rule_is_settled():
+    scores = jnp.array([[0.0, 3.0, 0.0], [0.0, 0.0, 3.0], [2.0, 3.0, 2.0], [0.0, 3.0, 2.0]])
+    assert ahead(scores, 2, settled=0.0).tolist() == [np.inf, np.inf, 0.0, 2.0]
+
+
 # The token
 
 
@@ -94,9 +99,9 @@ def test_nothing_is_close_where_everything_visible_is_selected():
     assert 0 < margins(tiny(), LONG[:K], GREEDY, [2]).selection < np.inf
 
 
-def test_rows_that_score_the_same_tie():
+def test_rows_that_no_head_looks_at_are_read_by_rule():
     glm = changed(indexer__k_norm_LJ=jnp.zeros_like, indexer__k_norm_bias_LJ=jnp.zeros_like)
-    assert margins(glm, LONG, GREEDY, []).selection == 0
+    assert margins(glm, LONG, GREEDY, []).selection == np.inf
 
 
 def test_scores_that_are_twice_as_far_apart_are_twice_as_far_apart():

@@ -235,7 +235,7 @@ class Machine:
             for n, lease in enumerate(sequence.leases):
                 if lease not in sequence.landing:
                     assert ready[lease.page] == np.clip(sequence.rows - n * A, 0, A), "rows differ from what is ready"
-        for ids, leases in self.tree.paths():
+        for ids, leases, _ in self.tree.paths():
             self._check_rows(ids, leases)
         for sequence in self.running:
             if sequence.rows and not sequence.landing:

@@ -127,7 +127,7 @@ def test_the_command_line_tells_how_much_came_again(told, recorded):
 def test_the_command_line_tells_every_dispatch_of_a_request(told, recorded):
     *_, recordings = recorded
     flights = recordings[-2].flights
-    request = flights[-1].requests[0]
+    request = next(request for flight in reversed(flights) for request in flight.requests)
     status, words = told("--before", "--request", request)
     assert status == 0
     assert words.count(f": request {request} ") == sum(request in flight.requests for flight in flights)
