@@ -18,7 +18,7 @@ from glmjax.pallas.top_k import ascending, by_bisection, by_placing, by_sorting,
 
 _BLOCK_BYTES = 64 << 20  # of the scores of a block of queries over the whole context, and of what they are compared by
 _STRETCH = 32768  # keys that few queries choose from at a time
-_PLACED_RATIO = 16  # up to so many times the chosen keys, bisection beats sorting, which is done row by row
+_PLACED_RATIO = 24  # up to so many times the chosen keys, bisection beats sorting, which is done row by row
 _SHORTEST_WINDOW, _LONGEST_WINDOW = 1024, 8192  # half the context between, for few queries
 
 

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from glmjax.pallas.selection import positions
-
 
 def by_sorting(scores_BTS: Float[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
     """Positions of the k best visible scores, by `lax.top_k`, which is stable: the best for few rows or long ones.
@@ -28,22 +26,24 @@ def by_sorting(scores_BTS: Float[Array, "B T S"], k: int) -> Int[Array, "B T K"]
 
 
 def by_bisection(scores_BTS: Float[Array, "B T S"], k: int) -> Bool[Array, "B T S"]:
-    """The same set as a mask: the k-th largest key bit by bit, until k are left or all bits are known, then the last of its
-    equals to be taken. No sort.
+    """The same set as a mask: the k-th largest key bit by bit, until no more than k are left or all bits are known, then
+    the last of its equals to be taken. No sort; no bit where no more than k are visible.
 
     Args:
         scores_BTS: as `comparable` makes them.
         k: at most S.
     """
     bits_BTS = lax.bitcast_convert_type(scores_BTS, jnp.int32)
+    lowest, visible_BTS = jnp.iinfo(jnp.int32).min, scores_BTS != -jnp.inf
     key_BTS = jnp.where(bits_BTS < 0, bits_BTS ^ jnp.int32(0x7FFFFFFF), bits_BTS)  # ordered as the floats are
+    key_BTS = jnp.where(visible_BTS, key_BTS, lowest)
 
     def count(condition_BTS: jax.Array) -> jax.Array:
         return jnp.sum(condition_BTS, axis=-1, dtype=jnp.int32)
 
     def unsettled(carry: tuple[jax.Array, ...]) -> jax.Array:
         bit, _, count_BT = carry
-        return (bit >= 0) & jnp.any(count_BT != k)
+        return (bit >= 0) & jnp.any(count_BT > k)
 
     def key_bit(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         # Bit 31 first: adding 2^31 to the smallest integer wraps to 0, which is the sign's half.
@@ -53,10 +53,10 @@ def by_bisection(scores_BTS: Float[Array, "B T S"], k: int) -> Bool[Array, "B T 
         enough = above_BT >= k
         return bit - 1, jnp.where(enough, raised_BT, threshold_BT), jnp.where(enough, above_BT, count_BT)
 
-    lowest_BT = jnp.full(key_BTS.shape[:-1], jnp.iinfo(jnp.int32).min, jnp.int32)
-    all_BT = jnp.full_like(lowest_BT, key_BTS.shape[-1])
-    _, threshold_BT, _ = lax.while_loop(unsettled, key_bit, (jnp.int32(31), lowest_BT, all_BT))
-    above_BTS, equal_BTS = key_BTS > threshold_BT[..., None], key_BTS == threshold_BT[..., None]
+    lowest_BT = jnp.full(key_BTS.shape[:-1], lowest, jnp.int32)
+    _, threshold_BT, _ = lax.while_loop(unsettled, key_bit, (jnp.int32(31), lowest_BT, count(visible_BTS)))
+    above_BTS = key_BTS > threshold_BT[..., None]
+    equal_BTS = visible_BTS & (key_BTS == threshold_BT[..., None])
     wanted_BT = k - count(above_BTS)
     length = scores_BTS.shape[-1]
     position_S, bits = jnp.arange(length, dtype=jnp.int32), length.bit_length()
@@ -70,17 +70,38 @@ def by_bisection(scores_BTS: Float[Array, "B T S"], k: int) -> Bool[Array, "B T 
     nowhere_BT = jnp.zeros_like(wanted_BT)
     end_BT = lax.fori_loop(0, jnp.where(tied, bits, 0), end_bit, nowhere_BT)
     end_BT = jnp.where(tied, end_BT, length)
-    return (above_BTS | (equal_BTS & (position_S < end_BT[..., None]))) & (scores_BTS != -jnp.inf)
+    return above_BTS | (equal_BTS & (position_S < end_BT[..., None]))
 
 
 def by_placing(scores_BTS: Float[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
-    """What `by_sorting` gives, by bisection: the best for rows that are not long.
+    """What `by_sorting` gives, by bisection and counting: the best for few rows that are not long.
 
     Args:
         scores_BTS: as `comparable` makes them.
         k: at most S.
     """
-    return positions(by_bisection(scores_BTS, k), k)
+    chosen_BTS = by_bisection(scores_BTS, k)
+    batch, queries, length = chosen_BTS.shape
+    # In blocks of about √S: which block has the n-th, and where in it. XLA on the CPU scatters one number after another,
+    # and a running sum takes it longer than two small products do, which are exact.
+    size = 1 << (length.bit_length() - 1) // 2
+    blocks = -(-length // size)
+    padded_BTS = jnp.pad(chosen_BTS, ((0, 0), (0, 0), (0, blocks * size - length)))
+    inner_BTNC = _running_sum(padded_BTS.reshape(batch, queries, blocks, size).astype(jnp.float32))
+    outer_BTN = _running_sum(inner_BTNC[..., -1])
+    place_K = jnp.arange(k, dtype=jnp.float32)
+    block_BTK = jnp.sum(outer_BTN[..., None, :] <= place_K[:, None], axis=-1, dtype=jnp.int32)
+    found_BTK = jnp.minimum(block_BTK, blocks - 1)
+    before_BTK = jnp.take_along_axis(outer_BTN - inner_BTNC[..., -1], found_BTK, axis=-1)
+    inner_BTKC = jnp.take_along_axis(inner_BTNC, found_BTK[..., None], axis=2)
+    offset_BTK = jnp.sum(inner_BTKC <= (place_K - before_BTK)[..., None], axis=-1, dtype=jnp.int32)
+    return jnp.where(block_BTK < blocks, block_BTK * size + offset_BTK, -1)
+
+
+def _running_sum(numbers_BTXN: jax.Array) -> jax.Array:
+    """Over the last axis, as a product with a triangle; float32, exact for counts."""
+    length = numbers_BTXN.shape[-1]
+    return jnp.matmul(numbers_BTXN, jnp.triu(jnp.ones((length, length))), precision=lax.Precision.HIGHEST)
 
 
 def comparable(scores_BTS: Float[Array, "B T S"], visible_BTS: Bool[Array, "B T S"]) -> Float[Array, "B T S"]:

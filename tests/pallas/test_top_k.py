@@ -1,4 +1,4 @@
-"""Exactly the best visible positions, ties to the lowest, by sorting and by bisection alike."""
+"""Exactly the best visible positions, ties to the lowest, by every method alike."""
 
 import functools
 
@@ -13,7 +13,7 @@ import pytest
 from glmjax.pallas import selection
 from glmjax.pallas import top_k as module
 
-METHODS = ["by_sorting", "by_bisection"]
+METHODS = ["by_sorting", "by_bisection", "by_placing"]
 INF = np.inf
 DENORMAL = np.float32(1e-42)
 
