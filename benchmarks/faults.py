@@ -135,10 +135,11 @@ def campaign(glm: GLM, workload: Workload, arguments: Arguments, mode: str, conf
     """Run what is left of a mode, piece by piece, each into a file of its own."""
     folder = _folder(arguments, mode)
     folder.mkdir(parents=True, exist_ok=True)
-    pieces = [
-        range(n, min(n + arguments.piece, arguments.requests)) for n in range(0, arguments.requests, arguments.piece)
+    outcomes, _ = kept(arguments, mode)
+    left = [
+        range(n, min(n + arguments.piece, arguments.requests))
+        for n in range(len(outcomes), arguments.requests, arguments.piece)
     ]
-    left = [numbers for numbers in pieces if not (folder / f"{numbers.start}.json").exists()]
     if not left:
         return
     with Engine(glm, config, progress=True) as engine:
