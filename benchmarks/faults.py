@@ -101,6 +101,7 @@ def engine_config(arguments: Arguments, mode: str) -> EngineConfig:
         max_num_seqs=arguments.streams,
         pages=arguments.pages,
         num_draft=arguments.num_draft,
+        adapts_draft=False,
         offload_bytes=1 << 30,
         anomalies=rules,
         faults=faults,

@@ -120,10 +120,10 @@ def settings(max_model_len: int, *, page: int = 64, chunk: int = 512, streams: i
         Setting("batched, cache empty", plain),
         Setting("batched, cache hit", plain, happens=("cached_tokens",)),
         Setting("preempted, short chunks", few, happens=("preemptions",)),
-        Setting("1 draft", other(num_draft=1), happens=drafted),
+        Setting("1 draft", other(num_draft=1, adapts_draft=False), happens=drafted),
         Setting("2 drafts, shortest chunks", other(num_draft=2, chunk_tokens=page), happens=drafted),
-        Setting("2 drafts, suspected", other(num_draft=2, anomalies=always), happens=("benign",)),
-        Setting("4 drafts", other(num_draft=4), happens=drafted),
+        Setting("2 drafts, suspected", other(num_draft=2, adapts_draft=False, anomalies=always), happens=("benign",)),
+        Setting("4, 2, 1 and no drafts", other(num_draft=4), happens=drafted),
     ]
 
 

@@ -21,7 +21,7 @@ class AnomalyRules:
         shortest_length: mean tokens of a round below which it is.
         least_tokens: that it must have generated for the rule above.
         largest_rate: accepted of proposed drafts above which it is.
-        window: rounds that are looked at: the last ones in which something was drafted.
+        window: rounds that are looked at: the last ones in which as much was drafted as can be.
         confirm: read prompt and output again on other pages and compare, before anything is aborted.
     """
 
@@ -55,10 +55,9 @@ class Detector:
         self._silent = self._silence = 0  # rounds that it still keeps silent, and how many the last time
 
     def push(self, counts: Sequence[int], drafts: int) -> None:
-        """Rounds: the tokens that each gave, with so many drafts. Those of grammars and without drafts do not count."""
-        if drafts:
-            self._rounds.extend((count, drafts) for count in counts)
-            self._silent = max(0, self._silent - len(counts))
+        """Rounds: the tokens that each gave, with so many drafts. Those of grammars and with fewer drafts than there can be are not told."""
+        self._rounds.extend((count, drafts) for count in counts)
+        self._silent = max(0, self._silent - len(counts))
 
     def suspicion(self, tokens: int) -> str | None:
         """What is suspicious now, or None.

@@ -19,7 +19,8 @@ class EngineConfig:
             rarer.
         pages: of the cache; None is enough for `max_num_seqs` sequences of half the length, and one of the whole.
         chunk_tokens: most prompt tokens of a dispatch, while which nobody decodes.
-        num_draft: tokens that the MTP layer drafts in a round; 0 does not speculate.
+        num_draft: tokens that the MTP layer drafts in a round, at most; 0 does not speculate.
+        adapts_draft: draft fewer, or none, where that gives more tokens a second; more programs are compiled for it.
         grammars: serve requests with a JSON schema, a regular expression or a grammar; more programs are compiled for them.
         grammar_share: of the device's time that each sequence under a grammar may take from those who decode, in rounds of
             its own; half at most for all.
@@ -43,6 +44,7 @@ class EngineConfig:
     pages: int | None = None
     chunk_tokens: int = 512
     num_draft: int = 0
+    adapts_draft: bool = True
     grammars: bool = False
     grammar_share: float = 0.05
     max_rounds: int = 32

@@ -99,7 +99,7 @@ class Engine:
         self._recorder = Recorder(self.pages, self.config.recorded_dispatches)
         self._scheduler = Scheduler(self.config, shapes, self._running)
         exact = glm.weights.dtype == glm.kv_cache_dtype == jnp.float32
-        self._outcome = Outcome(self._running, self.config.anomalies, _TOLERANCE if exact else _ROUNDED)
+        self._outcome = Outcome(self._running, self.config, _TOLERANCE if exact else _ROUNDED)
         self._commands: deque[Callable[[float], None]] = deque()
         self._changed = threading.Condition()
         self._closing = self._stuck = False
@@ -214,6 +214,7 @@ class Engine:
             offloaded_pages=0 if self._offload is None else len(self._offload),
             corrupt=0 if self._offload is None else self._offload.corrupt,
             faults=dict(self._faults.made),
+            drafted_at=tuple(counts["drafted", n] for n in range(self.config.num_draft)),
             accepted_at=tuple(counts["accepted", n] for n in range(self.config.num_draft)),
             **{name: counts[name] for name in _COUNTED},
         )

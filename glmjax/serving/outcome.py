@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from glmjax.serving.anomaly import AnomalyRules
+from glmjax.serving.config import EngineConfig
 from glmjax.serving.errors import AnomalyError, GrammarError, UnavailableError
 from glmjax.serving.pages import OK
 from glmjax.serving.plan import Plan
@@ -24,13 +24,14 @@ class Outcome:
 
     Args:
         running: who waits and runs.
-        rules: when a request is suspicious.
+        config: the engine's.
         tolerance: by how much another token may be ahead of the one that was emitted, logits and noise together: what
             programs of different shapes differ by.
     """
 
-    def __init__(self, running: Running, rules: AnomalyRules, tolerance: float):
-        self._running, self._rules, self._tolerance = running, rules, tolerance
+    def __init__(self, running: Running, config: EngineConfig, tolerance: float):
+        self._running, self._rules, self._tolerance = running, config.anomalies, tolerance
+        self._num_draft = config.num_draft
 
     def read(self, plan: Plan, log: Log, now: float) -> None:
         """What a dispatch did, told to those it was for.
@@ -85,7 +86,8 @@ class Outcome:
         if self._emit(sequence, log, b, tokens, known, now, decoded=plan.chunks is None):
             sequence.leaving = Leaving.DONE
         elif decoded:
-            request.detector.push(counts, drafts)
+            if drafts and drafts == self._num_draft:
+                request.detector.push(counts, drafts)
             if (reason := request.detector.suspicion(len(request.reply.ids))) is not None:
                 self._suspect(sequence, reason, now)
 
@@ -122,8 +124,11 @@ class Outcome:
         for name, count in found.items():
             setattr(request, name, getattr(request, name) + count)
             totals[name] += count
-        for n in range(drafts):
-            totals["accepted", n] += sum(count > n + 1 for count in counts)
+        accepted = [sum(count > n + 1 for count in counts) for n in range(drafts)]
+        request.acceptance.push(accepted, len(counts))
+        for n, hits in enumerate(accepted):
+            totals["accepted", n] += hits
+            totals["drafted", n] += len(counts)
 
     def _replay(self, sequence: Sequence, now: float) -> None:
         """A fault has taken a sequence's pages: read it again on others."""

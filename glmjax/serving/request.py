@@ -13,6 +13,7 @@ from glmjax.model.sampling_params import SamplingParams
 from glmjax.model.stops import Stops
 from glmjax.model.tokenizer import Tokenizer
 from glmjax.serving.anomaly import AnomalyRules, Detector
+from glmjax.serving.drafting import Acceptance
 from glmjax.serving.pool import Lease
 from glmjax.serving.stream import Statistics, Stream
 
@@ -49,6 +50,7 @@ class Request:
         rounds: rounds of decoding it has taken part in.
         drafted: drafts proposed in them.
         accepted: drafts accepted.
+        acceptance: how likely more of them are.
         preemptions: how often it has lost its pages to others.
         replays: how often it has lost them to a fault.
         rules: when it is suspicious.
@@ -82,6 +84,7 @@ class Request:
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    acceptance: Acceptance = dataclasses.field(default_factory=Acceptance)
     preemptions: int = 0
     replays: int = 0
     rules: AnomalyRules = dataclasses.field(default_factory=AnomalyRules)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from glmjax.serving.config import EngineConfig
+from glmjax.serving.drafting import Depths
 from glmjax.serving.plan import Plan, batch_of, chunks_of, frozen, guesses_of
 from glmjax.serving.programs import Log
 from glmjax.serving.running import MOST_RETIRED, Running
@@ -30,6 +31,7 @@ class Scheduler:
         self._config, self._shapes, self._running = config, shapes, running
         self._turns: list[Callable[[], Plan | None]] = [self._read, self._confirm, self._obey, self._decode]
         self._round_seconds: dict[Shape, float] = {}
+        self._depths = Depths(config.num_draft, config.adapts_draft)
         self._credit = 0.0  # seconds; below 0, those under grammars owe others time
 
     def plan(self, now: float) -> Plan | None:
@@ -130,11 +132,15 @@ class Scheduler:
         """Rounds of all that decode and have the pages for it."""
         decoding = [s for s in self._running.sequences if s.decodes]
         decoding.sort(key=lambda s: (s.request.priority, s.request.number))
-        rounds, per_round = self._rounds(len(decoding)), 1 + (self._config.num_draft + 1) // 2
+        if not decoding:
+            return None
+        acceptances = [s.request.acceptance for s in decoding]
+        depth = self._depths.choose(acceptances, lambda depth: self._seconds(len(decoding), depth))
+        rounds, per_round = self._rounds(len(decoding), depth), 1 + (depth + 1) // 2
         chosen = tuple(s for s in decoding if self._running.grow(s, rounds * per_round))
         if not chosen:
             return None
-        shape = self._shapes.decode(len(chosen), max(len(s.leases) for s in chosen))
+        shape = self._shapes.decode(len(chosen), max(len(s.leases) for s in chosen), depth)
         room = [min(s.end, len(s.leases) * self._config.page_size) - s.position - s.promised for s in chosen]
         rounds = min(rounds, max(room))
         end_B = np.zeros(shape.batch, np.int32)
@@ -147,8 +153,13 @@ class Scheduler:
             promised=tuple(max(0, min(rounds, n)) for n in room),
         )
 
-    def _rounds(self, sequences: int) -> int:
+    def _rounds(self, sequences: int, depth: int) -> int:
         """As many as take `dispatch_seconds`, or a quarter of it while somebody waits for the device."""
-        known = [seconds for shape, seconds in self._round_seconds.items() if shape.batch >= sequences]
+        one = self._seconds(sequences, depth)
         seconds = self._config.dispatch_seconds / (4 if self._running.pressed else 1)
-        return int(np.clip(seconds / min(known), 1, self._config.max_rounds)) if known else 4
+        return int(np.clip(seconds / one, 1, self._config.max_rounds)) if one else 4
+
+    def _seconds(self, sequences: int, depth: int) -> float | None:
+        """Of a round; None where it is not known."""
+        fits = (shape for shape in self._round_seconds if shape.batch >= sequences and shape.width == depth + 1)
+        return min((self._round_seconds[shape] for shape in fits), default=None)

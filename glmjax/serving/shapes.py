@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from glmjax.model.grammar import words_of
 from glmjax.serving.config import EngineConfig
+from glmjax.serving.drafting import Depths
 
 
 class Shape(NamedTuple):
@@ -15,7 +16,7 @@ class Shape(NamedTuple):
     Attributes:
         kind: "read" prompts, "decode", or "verify" tokens that the host knows.
         batch: B, sequences.
-        width: T, tokens of a chunk; when decoding, of a round: num_draft + 1; when verifying, of a chain.
+        width: T, tokens of a chunk; when decoding, of a round, drafts and one; when verifying, of a chain.
         pages: M, pages of a sequence.
         words: W, of masks over the vocabulary; 0 where nothing is masked.
     """
@@ -57,20 +58,20 @@ class Shapes:
         fits = together <= config.max_num_seqs and together * size <= config.chunk_tokens
         self._chunks = [*alone, (together, size)] if fits else alone
         self.confirmed = max(2, size)
-        self._width = config.num_draft + 1
+        self._depths = Depths(config.num_draft, config.adapts_draft).choices
         self._words = words_of(vocab) if config.grammars else 0
 
     def __iter__(self) -> Iterable[Shape]:
         for pages in self._pages:
             yield from (Shape("read", batch, width, pages, self._words) for batch, width in self._chunks)
-            yield from (self.decode(batch, pages) for batch in self._batches)
+            yield from (self.decode(batch, pages, depth) for batch in self._batches for depth in self._depths)
             yield self.confirm(pages)
             if self._words:
                 yield from (self.obey(batch, width, pages) for batch in self._batches for width in _OBEYED)
 
-    def decode(self, sequences: int, pages: int) -> Shape:
-        """For so many sequences of up to so many pages."""
-        return Shape("decode", _least(self._batches, sequences), self._width, _least(self._pages, pages))
+    def decode(self, sequences: int, pages: int, depth: int) -> Shape:
+        """For so many sequences of up to so many pages, with so many drafts in a round."""
+        return Shape("decode", _least(self._batches, sequences), depth + 1, _least(self._pages, pages))
 
     def confirm(self, pages: int) -> Shape:
         """For a stretch of one sequence's tokens, with so many pages."""

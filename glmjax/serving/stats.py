@@ -23,7 +23,8 @@ class EngineStats:
         rounds: of decoding, each sequence's counted; those under a grammar are not.
         drafted: drafts proposed.
         accepted: drafts accepted.
-        accepted_at: drafts accepted at each position of a round.
+        drafted_at: drafts proposed at each position of a round: the later, the fewer, where drafting adapts.
+        accepted_at: of these, accepted.
         forced: tokens to which grammars left no alternative, emitted along with the one after them; no drafts.
         preemptions: sequences whose pages went to others.
         replays: sequences whose pages a fault took.
@@ -54,6 +55,7 @@ class EngineStats:
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    drafted_at: tuple[int, ...] = ()
     accepted_at: tuple[int, ...] = ()
     forced: int = 0
     preemptions: int = 0

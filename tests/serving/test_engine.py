@@ -19,7 +19,7 @@ from glmjax.serving.shapes import Shape, Shapes
 from glmjax.serving.slots import Slots
 from tests.serving.tiny import ENGINE, tiny
 
-CONFIG = dataclasses.replace(ENGINE, max_num_seqs=4, pages=22, num_draft=2, max_queued=8, debug=True)
+CONFIG = dataclasses.replace(ENGINE, max_num_seqs=4, pages=22, num_draft=2, adapts_draft=True, max_queued=8, debug=True)
 SAMPLED = {"temperature": 2.0, "seed": 5, "max_new_tokens": 20}
 PENALISED = {"frequency_penalty": 1.5, "presence_penalty": 0.5, "repetition_penalty": 1.3, "top_p": 0.9, "min_p": 0.02}
 
@@ -212,6 +212,8 @@ def test_statistics_add_up(engine):
     assert after.rounds - before.rounds == result.statistics.rounds
     assert result.statistics.accepted + result.statistics.rounds >= len(result.ids) - 1
     assert sum(after.accepted_at) == after.accepted
+    assert sum(after.drafted_at) == after.drafted
+    assert after.rounds >= after.drafted_at[0] > after.drafted_at[1] > 0, "drafting does not adapt"
     assert result.statistics.queue_seconds <= result.statistics.first_token_seconds <= result.statistics.seconds
 
 
@@ -230,7 +232,7 @@ def test_a_failing_step_fails_those_who_run_and_nobody_after(engine, monkeypatch
 
 def programs(pages):
     """Of every kind, with drafts and without."""
-    glm, config = tiny(), dataclasses.replace(CONFIG, pages=pages)
+    glm, config = tiny(), dataclasses.replace(CONFIG, pages=pages, adapts_draft=False)
     cache = PagedCache.create(glm.config, pages, config.page_size, jnp.float32, tail_dtype=jnp.float32, mtp=True)
     slots = Slots.create(config.max_num_seqs, glm.config.hidden_size, glm.config.vocab_size, jnp.float32)
     found = Programs(glm.weights, most_rounds=config.max_rounds, most_retired=MOST_RETIRED, stop_ids=STOP_IDS)

@@ -34,6 +34,7 @@ CONFIG = EngineConfig(
     pages=14,
     chunk_tokens=16,
     num_draft=2,
+    adapts_draft=False,
     max_rounds=6,
     offload_bytes=1 << 24,
     debug=True,
@@ -155,7 +156,9 @@ def test_the_model_in_the_box_gives_in_an_engine_what_it_gives_alone():
         for begin, length in [(0, 70), (100, 130), (300, 64)]
     ]
     expected = [alone(narrow, case) for case in asked]
-    sizes = EngineConfig(max_model_len=192, max_num_seqs=1, chunk_tokens=64, num_draft=1, max_rounds=8)
+    sizes = EngineConfig(
+        max_model_len=192, max_num_seqs=1, chunk_tokens=64, num_draft=1, max_rounds=8, adapts_draft=False
+    )
     with Engine(narrow, sizes) as engine:
         for _ in range(2):
             found = compare(narrow, asked, expected, served(engine, asked, np.random.default_rng(0)))

@@ -41,6 +41,7 @@ CONFIG = EngineConfig(
     pages=34,
     chunk_tokens=8,
     num_draft=1,
+    adapts_draft=False,
     max_rounds=4,
     grammars=True,
     debug=True,

@@ -31,6 +31,7 @@ CONFIG = EngineConfig(
     pages=14,
     chunk_tokens=16,
     num_draft=2,
+    adapts_draft=False,
     max_rounds=6,
     offload_bytes=1 << 24,
     debug=True,

@@ -26,12 +26,19 @@ CONFIG = EngineConfig(
 
 
 class Bench:
-    """A scheduler with a device on paper, whose logs are read `behind` dispatches late."""
+    """A scheduler with a device on paper, whose logs are read `behind` dispatches late.
 
-    def __init__(self, config=CONFIG, behind=1):
+    Args:
+        config: the engine's.
+        behind: see above.
+        pace: seconds of a round without drafts, and of each draft.
+    """
+
+    def __init__(self, config=CONFIG, behind=1, pace=(0.01, 0.001)):
+        self.pace = pace
         self.running = Running(config, config.pages)
         self.scheduler = Scheduler(config, Shapes(config, LENGTH), self.running)
-        self.outcome = Outcome(self.running, config.anomalies, 1e-4)
+        self.outcome = Outcome(self.running, config, 1e-4)
         self.device = PaperDevice(config.pages, config.page_size, config.max_num_seqs)
         self.behind, self.unread, self.plans, self.now = behind, deque(), [], 0.0
 
@@ -53,7 +60,10 @@ class Bench:
                 self.unread.append((plan, log))
         did = plan is not None or bool(self.unread)
         while len(self.unread) > (self.behind if plan is not None else 0):
-            self.outcome.read(*self.unread.popleft(), self.now)
+            plan, log = self.unread.popleft()
+            if plan.shape.kind == "decode":
+                self.scheduler.learn(plan, log, log.rounds * (self.pace[0] + self.pace[1] * (plan.shape.width - 1)))
+            self.outcome.read(plan, log, self.now)
         self.running.check()
         return did
 
@@ -279,10 +289,21 @@ def test_who_shares_a_garbled_page_is_confirmed_too():
     assert bench.running.counts["restarts"] == 2
 
 
+@pytest.mark.parametrize(("draft_seconds", "drafts"), [(0.0, True), (0.1, False)])
+def test_much_is_drafted_where_it_pays(draft_seconds, drafts):
+    bench = Bench(pace=(0.01, draft_seconds))
+    request = bench.add(range(1), 62)
+    bench.run()
+    assert told(request) == expected(range(1), 62)
+    widths = [plan.shape.width for plan in bench.plans if plan.shape and plan.shape.kind == "decode"]
+    assert max(widths) == 3
+    assert (widths.count(3) > len(widths) / 2) == drafts
+
+
 def test_without_confirmation_a_suspicion_is_enough():
-    bench = Bench()
-    request = bench.add(range(9), 40, rules=dataclasses.replace(ALWAYS, confirm=False))
-    bench.outcome = Outcome(bench.running, dataclasses.replace(ALWAYS, confirm=False), 1e-4)
+    rules = dataclasses.replace(ALWAYS, confirm=False)
+    bench = Bench(dataclasses.replace(CONFIG, anomalies=rules))
+    request = bench.add(range(9), 40, rules=rules)
     bench.run()
     with pytest.raises(AnomalyError):
         told(request)
@@ -294,10 +315,12 @@ def test_without_confirmation_a_suspicion_is_enough():
     behind=st.integers(0, 3),
     pages=st.integers(16, 40),
     num_draft=st.integers(0, 2),
+    draft_seconds=st.sampled_from([0.0, 0.005, 0.1]),
     suspicious=st.booleans(),
 )
-def test_whatever_comes_and_goes_every_token_is_right(data, behind, pages, num_draft, suspicious):
-    bench = Bench(dataclasses.replace(CONFIG, pages=pages, num_draft=num_draft), behind)
+def test_whatever_comes_and_goes_every_token_is_right(data, behind, pages, num_draft, draft_seconds, suspicious):
+    config = dataclasses.replace(CONFIG, pages=pages, num_draft=num_draft)
+    bench = Bench(config, behind, pace=(0.01, draft_seconds))
     requests, cancelled = [], set()
     for _ in range(data.draw(st.integers(1, 40))):
         what = data.draw(st.sampled_from(["add", "add", "step", "step", "step", "cancel"]))

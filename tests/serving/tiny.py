@@ -14,7 +14,9 @@ from glmjax.model.weights import random_source
 from glmjax.serving.config import EngineConfig
 
 CONFIG = dataclasses.replace(GlmConfig.from_dir(Path(__file__).parents[1] / "tiny.json"), vocab_size=16)
-ENGINE = EngineConfig(max_model_len=64, max_num_seqs=2, page_size=8, pages=18, chunk_tokens=16, max_rounds=6)
+ENGINE = EngineConfig(
+    max_model_len=64, max_num_seqs=2, page_size=8, pages=18, chunk_tokens=16, max_rounds=6, adapts_draft=False
+)
 OFFLOADING = dataclasses.replace(ENGINE, offload_bytes=1 << 24)
 
 

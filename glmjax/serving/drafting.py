@@ -1,0 +1,84 @@
+"""How far to draft: as far as gives most tokens a second. Now and then otherwise, for what pays changes with the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+_PROBE_EVERY = 8  # dispatches of decoding
+_PRIOR, _MEMORY = 4.0, 64.0  # rounds that optimism counts for, and that are remembered
+
+
+class Acceptance:
+    """Of one request's drafts, averaged over its last rounds; all of them count as accepted before the first.
+
+    Attributes:
+        likely: how likely the first draft of a round is accepted, the first two, and so on, as far as there were any.
+    """
+
+    def __init__(self):
+        self.likely: list[float] = []
+        self._rounds: list[float] = []
+
+    def push(self, accepted: Sequence[int], rounds: int) -> None:
+        """Learn from rounds.
+
+        Args:
+            accepted: in how many of them the first draft was accepted, the first two, and so on.
+            rounds: how many there were, at least one.
+        """
+        for n, hits in enumerate(accepted):
+            if n == len(self.likely):
+                self.likely.append(1.0)
+                self._rounds.append(_PRIOR)
+            known = self._rounds[n]
+            self.likely[n] = (known * self.likely[n] + hits) / (known + rounds)
+            self._rounds[n] = min(known + rounds, _MEMORY)
+
+    def tokens(self, depth: int) -> float:
+        """Of a round with so many drafts, expected."""
+        return 1.0 + sum(self.likely[:depth]) + max(0, depth - len(self.likely))
+
+
+class Depths:
+    """Chooses, for each dispatch of decoding, how many tokens to draft in its rounds.
+
+    Args:
+        num_draft: most.
+        adapts: whether there is a choice.
+
+    Attributes:
+        choices: what there is to choose from, most first.
+    """
+
+    def __init__(self, num_draft: int, adapts: bool):
+        self.choices = tuple(_halves(num_draft)) if adapts else (num_draft,)
+        self._turn = 0
+
+    def choose(self, requests: Sequence[Acceptance], seconds: Callable[[int], float | None]) -> int:
+        """For the next dispatch.
+
+        Args:
+            requests: who takes part.
+            seconds: that a round takes with so many drafts; None where that is not known, and so is tried.
+        """
+        if len(self.choices) == 1:
+            return self.choices[0]
+        self._turn += 1
+        probe, due = divmod(self._turn, _PROBE_EVERY)
+        if (
+            not due
+        ):  # in turn all and one of the others: most is learned from all, and the detector of anomalies needs them
+            return self.choices[0] if probe % 2 else self.choices[1 + probe // 2 % (len(self.choices) - 1)]
+        took = {depth: seconds(depth) for depth in self.choices}
+        unknown = [depth for depth in self.choices if took[depth] is None]
+        if unknown:
+            return unknown[0]
+        return max(self.choices, key=lambda depth: sum(one.tokens(depth) for one in requests) / took[depth])
+
+
+def _halves(number: int) -> Sequence[int]:
+    """number, number // 2, …, 1, 0."""
+    found = [number]
+    while found[-1]:
+        found.append(found[-1] // 2)
+    return found
