@@ -55,9 +55,13 @@ class Detector:
         self._silent = self._silence = 0  # rounds that it still keeps silent, and how many the last time
 
     def push(self, counts: Sequence[int], drafts: int) -> None:
-        """Rounds: the tokens that each gave, with so many drafts. Those of grammars and with fewer drafts than there can be are not told."""
-        self._rounds.extend((count, drafts) for count in counts)
-        self._silent = max(0, self._silent - len(counts))
+        """Rounds: the tokens that each gave, with so many drafts. Those without drafts do not count.
+
+        Rounds of grammars, and of fewer drafts than there can be, are not told.
+        """
+        if drafts:
+            self._rounds.extend((count, drafts) for count in counts)
+            self._silent = max(0, self._silent - len(counts))
 
     def suspicion(self, tokens: int) -> str | None:
         """What is suspicious now, or None.

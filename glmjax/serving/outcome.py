@@ -86,7 +86,7 @@ class Outcome:
         if self._emit(sequence, log, b, tokens, known, now, decoded=plan.chunks is None):
             sequence.leaving = Leaving.DONE
         elif decoded:
-            if drafts and drafts == self._num_draft:
+            if drafts == self._num_draft:
                 request.detector.push(counts, drafts)
             if (reason := request.detector.suspicion(len(request.reply.ids))) is not None:
                 self._suspect(sequence, reason, now)

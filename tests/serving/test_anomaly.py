@@ -39,6 +39,12 @@ def test_nothing_is_suspicious_before_the_window_is_full():
     assert after([1] * 7).suspicion(1000) is None
 
 
+def test_rounds_without_drafts_do_not_count():
+    detector = after([2] * 8)
+    detector.push([1] * 50, 0)
+    assert detector.suspicion(1000) is None
+
+
 def test_after_a_false_alarm_it_keeps_silent_twice_as_long_every_time():
     detector, heard = after([1] * 8), []
     for n in range(60):

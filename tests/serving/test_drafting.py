@@ -94,4 +94,4 @@ def test_what_is_not_known_is_tried():
     for _ in range(3):
         tried.append(depths.choose([NEVER], known.get))
         known[tried[-1]] = 1.0
-    assert sorted(tried) == [0, 0, 1] or tried[:2] == [1, 0]
+    assert tried[:2] == [1, 0]

@@ -60,10 +60,10 @@ class Bench:
                 self.unread.append((plan, log))
         did = plan is not None or bool(self.unread)
         while len(self.unread) > (self.behind if plan is not None else 0):
-            plan, log = self.unread.popleft()
-            if plan.shape.kind == "decode":
-                self.scheduler.learn(plan, log, log.rounds * (self.pace[0] + self.pace[1] * (plan.shape.width - 1)))
-            self.outcome.read(plan, log, self.now)
+            read, log = self.unread.popleft()
+            if read.shape.kind == "decode":
+                self.scheduler.learn(read, log, log.rounds * (self.pace[0] + self.pace[1] * (read.shape.width - 1)))
+            self.outcome.read(read, log, self.now)
         self.running.check()
         return did
 
