@@ -32,7 +32,7 @@ from glmjax.serving.errors import AnomalyError, UnavailableError
 from glmjax.serving.faults import FaultRates
 from glmjax.serving.stream import Stream
 
-RACES = FaultRates(late_landing=0.02, forward_before_ready=0.02, retire_during_transfer=0.02)
+RACES = FaultRates(late_landing=0.05, forward_before_ready=0.05, retire_during_transfer=0.05)
 FLIPS = FaultRates(bit_flip=0.02)
 BLIND = AnomalyRules(enabled=False)
 TIE = 1e-4
@@ -87,9 +87,9 @@ class Arguments:
     streams: int = 16
     inflight: int = 24
     documents: int = 40
-    document_tokens: int = 256
-    new_tokens: tuple[int, int] = (16, 192)
-    pages: int = 160
+    document_tokens: int = 128
+    new_tokens: tuple[int, int] = (16, 128)
+    pages: int = 96
     num_draft: int = 3
 
 

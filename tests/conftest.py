@@ -1,9 +1,20 @@
-"""Every test runs on the CPU unless told otherwise, and every annotated shape is checked."""
+"""Every test runs on the CPU unless told otherwise, and every annotated shape is checked.
+
+What one process has compiled, the others load: programs are kept for as long as the tests run, or where
+``JAX_COMPILATION_CACHE_DIR`` says, for those to come.
+"""
 
 import gc
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers inherit it
+        programs = tempfile.TemporaryDirectory(prefix="glmjax-programs-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(8 << 30))  # with a limit, files are locked
 
 from jaxtyping import install_import_hook
 

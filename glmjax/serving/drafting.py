@@ -39,19 +39,28 @@ class Acceptance:
         return 1.0 + sum(self.likely[:depth]) + max(0, depth - len(self.likely))
 
 
+def depths(num_draft: int, adapts: bool) -> tuple[int, ...]:
+    """How many tokens may be drafted in a round, most first: num_draft, half of it, …, none.
+
+    Args:
+        num_draft: most.
+        adapts: whether there is a choice; else it is always most.
+    """
+    found = [num_draft]
+    while adapts and found[-1]:
+        found.append(found[-1] // 2)
+    return tuple(found)
+
+
 class Depths:
     """Chooses, for each dispatch of decoding, how many tokens to draft in its rounds.
 
     Args:
-        num_draft: most.
-        adapts: whether there is a choice.
-
-    Attributes:
-        choices: what there is to choose from, most first.
+        choices: from `depths`.
     """
 
-    def __init__(self, num_draft: int, adapts: bool):
-        self.choices = tuple(_halves(num_draft)) if adapts else (num_draft,)
+    def __init__(self, choices: Sequence[int]):
+        self._choices = choices
         self._turn = 0
 
     def choose(self, requests: Sequence[Acceptance], seconds: Callable[[int], float | None]) -> int:
@@ -61,24 +70,14 @@ class Depths:
             requests: who takes part.
             seconds: that a round takes with so many drafts; None where that is not known, and so is tried.
         """
-        if len(self.choices) == 1:
-            return self.choices[0]
+        if len(self._choices) == 1:
+            return self._choices[0]
         self._turn += 1
         probe, due = divmod(self._turn, _PROBE_EVERY)
-        if (
-            not due
-        ):  # in turn all and one of the others: most is learned from all, and the detector of anomalies needs them
-            return self.choices[0] if probe % 2 else self.choices[1 + probe // 2 % (len(self.choices) - 1)]
-        took = {depth: seconds(depth) for depth in self.choices}
-        unknown = [depth for depth in self.choices if took[depth] is None]
+        if not due:  # most, from which most is learned and which the detector of anomalies needs, and another, in turn
+            return self._choices[0] if probe % 2 else self._choices[1 + probe // 2 % (len(self._choices) - 1)]
+        took = {depth: seconds(depth) for depth in self._choices}
+        unknown = [depth for depth in self._choices if took[depth] is None]
         if unknown:
             return unknown[0]
-        return max(self.choices, key=lambda depth: sum(one.tokens(depth) for one in requests) / took[depth])
-
-
-def _halves(number: int) -> Sequence[int]:
-    """number, number // 2, …, 1, 0."""
-    found = [number]
-    while found[-1]:
-        found.append(found[-1] // 2)
-    return found
+        return max(self._choices, key=lambda depth: sum(one.tokens(depth) for one in requests) / took[depth])

@@ -31,7 +31,7 @@ class Scheduler:
         self._config, self._shapes, self._running = config, shapes, running
         self._turns: list[Callable[[], Plan | None]] = [self._read, self._confirm, self._obey, self._decode]
         self._round_seconds: dict[Shape, float] = {}
-        self._depths = Depths(config.num_draft, config.adapts_draft)
+        self._depths = Depths(shapes.depths)
         self._credit = 0.0  # seconds; below 0, those under grammars owe others time
 
     def plan(self, now: float) -> Plan | None:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from glmjax.model.grammar import words_of
 from glmjax.serving.config import EngineConfig
-from glmjax.serving.drafting import Depths
+from glmjax.serving.drafting import depths
 
 
 class Shape(NamedTuple):
@@ -41,6 +41,7 @@ class Shapes:
         vocab: V, for masks where there are grammars.
 
     Attributes:
+        depths: drafts of a round, most first.
         confirmed: tokens of a round that confirms, the newest one included.
         obeyed: most tokens of a sequence in a round under its grammar.
     """
@@ -58,13 +59,13 @@ class Shapes:
         fits = together <= config.max_num_seqs and together * size <= config.chunk_tokens
         self._chunks = [*alone, (together, size)] if fits else alone
         self.confirmed = max(2, size)
-        self._depths = Depths(config.num_draft, config.adapts_draft).choices
+        self.depths = depths(config.num_draft, config.adapts_draft)
         self._words = words_of(vocab) if config.grammars else 0
 
     def __iter__(self) -> Iterable[Shape]:
         for pages in self._pages:
             yield from (Shape("read", batch, width, pages, self._words) for batch, width in self._chunks)
-            yield from (self.decode(batch, pages, depth) for batch in self._batches for depth in self._depths)
+            yield from (self.decode(batch, pages, depth) for batch in self._batches for depth in self.depths)
             yield self.confirm(pages)
             if self._words:
                 yield from (self.obey(batch, width, pages) for batch in self._batches for width in _OBEYED)

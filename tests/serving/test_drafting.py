@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from glmjax.serving.drafting import Acceptance, Depths
+from glmjax.serving.drafting import Acceptance, Depths, depths
 
 
 def after(accepted, rounds):
@@ -17,8 +17,8 @@ ALWAYS, NEVER = after([1, 1, 1, 1], 1000), after([0, 0, 0, 0], 1000)
 
 
 def chosen(most, requests, seconds, times=800):
-    depths = Depths(most, adapts=True)
-    return Counter(depths.choose(requests, seconds) for _ in range(times))
+    choosing = Depths(depths(most, adapts=True))
+    return Counter(choosing.choose(requests, seconds) for _ in range(times))
 
 
 def paces(round_seconds, draft_seconds):
@@ -58,12 +58,12 @@ def test_what_is_long_ago_is_forgotten():
 
 @pytest.mark.parametrize(("most", "choices"), [(0, (0,)), (1, (1, 0)), (3, (3, 1, 0)), (5, (5, 2, 1, 0))])
 def test_depths_are_halves(most, choices):
-    assert Depths(most, adapts=True).choices == choices
+    assert depths(most, adapts=True) == choices
 
 
 def test_without_a_choice_everything_is_drafted():
-    depths = Depths(3, adapts=False)
-    assert {depths.choose([NEVER], paces(0, 1)) for _ in range(100)} == {3}
+    choosing = Depths(depths(3, adapts=False))
+    assert {choosing.choose([NEVER], paces(0, 1)) for _ in range(100)} == {3}
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,8 @@ def test_now_and_then_everything_is_drafted_whatever_it_costs():
 
 def test_what_is_not_known_is_tried():
     known = {3: 1.0}
-    depths, tried = Depths(3, adapts=True), []
+    choosing, tried = Depths(depths(3, adapts=True)), []
     for _ in range(3):
-        tried.append(depths.choose([NEVER], known.get))
+        tried.append(choosing.choose([NEVER], known.get))
         known[tried[-1]] = 1.0
     assert tried[:2] == [1, 0]

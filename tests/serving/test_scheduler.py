@@ -300,6 +300,16 @@ def test_much_is_drafted_where_it_pays(draft_seconds, drafts):
     assert (widths.count(3) > len(widths) / 2) == drafts
 
 
+def test_rounds_with_fewer_drafts_are_not_judged():
+    bench, judged = Bench(pace=(0.01, 0.1)), []
+    request = bench.add(range(1), 62)
+    request.detector.push = lambda counts, drafts: judged.append(drafts)
+    bench.run()
+    widths = [plan.shape.width for plan in bench.plans if plan.shape and plan.shape.kind == "decode"]
+    assert len(judged) == widths.count(3) < len(widths)
+    assert set(judged) == {2}
+
+
 def test_without_confirmation_a_suspicion_is_enough():
     rules = dataclasses.replace(ALWAYS, confirm=False)
     bench = Bench(dataclasses.replace(CONFIG, anomalies=rules))
