@@ -1,18 +1,21 @@
 """``python -m benchmarks.faults``: how many outputs races make wrong, with versions and without. A simulation.
 
-Many requests that share prefixes run on an engine whose pages go to the host's memory and come back, while
+Many requests that share prefixes run on engines whose pages go to the host's memory and come back, while
 `glmjax.serving.faults` makes landings and collections late. Every output is compared with that of an engine without
 faults, and is wrong where it differs, unless rounding may have decided it (`glmjax.evaluation.margins`).
 
-It can be interrupted: what has been run is kept, and the next call goes on from there.
+It can be interrupted: every so many requests all modes have been judged, and what was found is kept, a small file a
+piece. The next call goes on from there, on another machine, too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
@@ -20,7 +23,7 @@ import tyro
 from tqdm import tqdm
 
 import glmjax
-from benchmarks.fault_workload import KINDS, Workload
+from benchmarks.fault_workload import KINDS, Asked, Workload
 from benchmarks.measure import machine
 from glmjax.evaluation.arguments import encode, read_or_held_out
 from glmjax.evaluation.margins import margins
@@ -48,6 +51,8 @@ MODES: dict[str, tuple[FaultRates | None, AnomalyRules]] = {
 }
 """Faults, and whether the detector looks; everything is compared with the first."""
 
+_COUNTED = ("suspicions", "benign", "restarts", "aborts", "replays", "dropped", "corrupt", "landed")
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -63,14 +68,49 @@ class Outcome:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tally:
+    """What came of the requests of a mode.
+
+    Attributes:
+        requests: how many.
+        wrong: finished with a wrong output.
+        ties: outputs that differ where rounding may have decided.
+        aborted: by the detector.
+        aborted_wrong: of these, with a wrong output by then.
+        failed: without an output.
+        late: of each of `aborted_wrong`, tokens between the first wrong one and the end.
+        counters: faults that were made, and what the engine did about them.
+    """
+
+    requests: int = 0
+    wrong: int = 0
+    ties: int = 0
+    aborted: int = 0
+    aborted_wrong: int = 0
+    failed: int = 0
+    late: tuple[int, ...] = ()
+    counters: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __add__(self, other: Tally) -> Tally:
+        names = [field.name for field in dataclasses.fields(self) if field.name != "counters"]
+        counters = collections.Counter(self.counters)
+        counters.update(other.counters)
+        return Tally(**{name: getattr(self, name) + getattr(other, name) for name in names}, counters=dict(counters))
+
+    @property
+    def wrong_per_10000(self) -> float:
+        """Requests."""
+        return 1e4 * self.wrong / self.requests
+
+
+@dataclasses.dataclass(frozen=True)
 class Arguments:
     """Wrong outputs per 10,000 requests under races that are made on purpose (a simulation).
 
     Attributes:
         requests: in all, of each mode.
-        piece: requests after which what has been run is kept.
-        results: where it is kept, and the report in the end (report.json).
-        modes: which to run; the others are reported as far as they have been run before.
+        piece: requests after which what was found is kept.
+        results: the folder where it is kept, and the report in the end (report.json).
         streams: requests that run at once.
         inflight: requests that run or wait.
         documents: prefixes that requests share.
@@ -83,7 +123,6 @@ class Arguments:
     requests: int = 10_000
     piece: int = 500
     results: Path = Path(".faults")
-    modes: tuple[str, ...] = tuple(MODES)
     streams: int = 16
     inflight: int = 24
     documents: int = 40
@@ -91,6 +130,14 @@ class Arguments:
     new_tokens: tuple[int, int] = (16, 128)
     pages: int = 96
     num_draft: int = 3
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What pieces must have in common to be added up."""
+        given = dataclasses.asdict(self)
+        rates = {mode: None if faults is None else dataclasses.asdict(faults) for mode, (faults, _) in MODES.items()}
+        here = {name: value for name, value in given.items() if name not in ("requests", "piece", "results")}
+        return json.loads(json.dumps(here | {"rates": rates}))
 
 
 def engine_config(arguments: Arguments, mode: str) -> EngineConfig:
@@ -108,8 +155,8 @@ def engine_config(arguments: Arguments, mode: str) -> EngineConfig:
     )
 
 
-def serve(engine: Engine, workload: Workload, numbers: range, inflight: int) -> list[Outcome]:
-    """What comes of requests, each read as it comes."""
+def serve(engine: Engine, workload: Workload, numbers: range, inflight: int) -> tuple[list[Outcome], dict[str, int]]:
+    """What comes of requests, each read as it comes; and counters."""
 
     async def one(n: int, places: asyncio.Semaphore) -> Outcome:
         async with places:
@@ -129,51 +176,77 @@ def serve(engine: Engine, workload: Workload, numbers: range, inflight: int) -> 
         places = asyncio.Semaphore(inflight)
         return await asyncio.gather(*(one(n, places) for n in numbers))
 
-    return asyncio.run(every())
+    before = _counters(engine)
+    outcomes = asyncio.run(every())
+    return outcomes, dict(_counters(engine) - before)
 
 
-def campaign(glm: GLM, workload: Workload, arguments: Arguments, mode: str, config: EngineConfig) -> None:
-    """Run what is left of a mode, piece by piece, each into a file of its own."""
-    folder = _folder(arguments, mode)
-    folder.mkdir(parents=True, exist_ok=True)
-    outcomes, _ = kept(arguments, mode)
+def _counters(engine: Engine) -> collections.Counter:
+    stats = engine.stats()
+    return collections.Counter({name: getattr(stats, name) for name in _COUNTED} | stats.faults)
+
+
+def campaign(glm: GLM, workload: Workload, arguments: Arguments, configs: Mapping[str, EngineConfig]) -> None:
+    """Run what is left, in pieces: all modes of one, then a file of what was found.
+
+    Args:
+        glm: the model.
+        workload: requests by number.
+        arguments: how many, and where to.
+        configs: of each mode's engine; the first is the one to compare with.
+    """
+    done = sum(len(numbers) for numbers, _ in kept(arguments))
     left = [
-        range(n, min(n + arguments.piece, arguments.requests))
-        for n in range(len(outcomes), arguments.requests, arguments.piece)
+        range(n, min(n + arguments.piece, arguments.requests)) for n in range(done, arguments.requests, arguments.piece)
     ]
     if not left:
         return
-    with Engine(glm, config, progress=True) as engine:
-        before = collections.Counter()
-        for numbers in tqdm(left, mode):
-            outcomes = serve(engine, workload, numbers, arguments.inflight)
-            stats = engine.stats()
-            names = ("suspicions", "benign", "restarts", "aborts", "replays", "dropped", "corrupt", "landed")
-            now = collections.Counter({name: getattr(stats, name) for name in names} | stats.faults)
-            found = {
-                "requests": [numbers.start, numbers.stop],
-                "counters": dict(now - before),
-                "outcomes": [[outcome.status, outcome.ids] for outcome in outcomes],
-            }
-            before = now
-            (folder / f"{numbers.start}.json.part").write_text(json.dumps(found))
-            (folder / f"{numbers.start}.json.part").rename(folder / f"{numbers.start}.json")
+    with contextlib.ExitStack() as opened:
+        engines = {mode: opened.enter_context(Engine(glm, config)) for mode, config in configs.items()}
+        bar = tqdm(total=arguments.requests * len(engines), initial=done * len(engines), unit="request")
+        opened.enter_context(bar)
+        for numbers in left:
+            tallies, reference = {}, None
+            for mode, engine in engines.items():
+                bar.set_description(mode)
+                outcomes, counters = serve(engine, workload, numbers, arguments.inflight)
+                reference = reference or outcomes
+                asked = [workload[n] for n in numbers]
+                tallies[mode] = dataclasses.replace(judge(glm, asked, outcomes, reference), counters=counters)
+                bar.update(len(numbers))
+            _keep(arguments, numbers, tallies)
 
 
-def _folder(arguments: Arguments, mode: str) -> Path:
-    return arguments.results / mode.replace(", ", "-").replace(" ", "_")
+def _keep(arguments: Arguments, numbers: range, tallies: Mapping[str, Tally]) -> None:
+    found = {
+        "requests": [numbers.start, numbers.stop],
+        "machine": machine(),
+        "settings": arguments.settings,
+        "modes": {mode: dataclasses.asdict(tally) for mode, tally in tallies.items()},
+    }
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    path = arguments.results / f"{numbers.start:06}.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(found, indent=1) + "\n")
+    part.rename(path)
 
 
-def kept(arguments: Arguments, mode: str) -> tuple[dict[int, Outcome], collections.Counter]:
-    """What has been run of a mode: outcomes by number, and counters."""
-    outcomes: dict[int, Outcome] = {}
-    counters: collections.Counter = collections.Counter()
-    for path in _folder(arguments, mode).glob("*.json"):
+def kept(arguments: Arguments) -> list[tuple[range, dict[str, Tally]]]:
+    """What has been run, piece by piece.
+
+    Raises:
+        ValueError: with other settings.
+    """
+    pieces = []
+    for path in sorted(arguments.results.glob("[0-9]*.json")):
         found = json.loads(path.read_text())
-        counters.update(found["counters"])
-        for n, (status, ids) in zip(range(*found["requests"]), found["outcomes"], strict=True):
-            outcomes[n] = Outcome(tuple(ids), status)
-    return outcomes, counters
+        if found["settings"] != arguments.settings:
+            raise ValueError(
+                f"{path} was run with {found['settings']}, not with {arguments.settings}; give another --results"
+            )
+        modes = {mode: Tally(**of | {"late": tuple(of["late"])}) for mode, of in found["modes"].items()}
+        pieces.append((range(*found["requests"]), modes))
+    return pieces
 
 
 def parting(outcome: Outcome, reference: Outcome) -> int | None:
@@ -184,78 +257,65 @@ def parting(outcome: Outcome, reference: Outcome) -> int | None:
     return next(differing, min(len(ids), len(expected)) if short else None)
 
 
-def judge(
-    glm: GLM, workload: Workload, outcomes: dict[int, Outcome], reference: dict[int, Outcome]
-) -> dict[str, object]:
+def judge(glm: GLM, asked: list[Asked], outcomes: list[Outcome], reference: list[Outcome]) -> Tally:
     """How many outputs are wrong, and how many of those the detector found, how late."""
-    wrong, ties, found, late = 0, 0, 0, []
-    for n, outcome in outcomes.items():
-        if n not in reference or (at := parting(outcome, reference[n])) is None:
+    wrong, ties, late = 0, 0, []
+    for request, outcome, expected in zip(asked, outcomes, reference, strict=True):
+        if (at := parting(outcome, expected)) is None:
             continue
-        asked = workload[n]
-        if margins(glm, asked.ids, asked.params, reference[n].ids[:at]).least < TIE:
+        if margins(glm, request.ids, request.params, expected.ids[:at]).least < TIE:
             ties += 1
         elif outcome.status == "aborted":
-            found += 1
             late.append(len(outcome.ids) - at)
         else:
             wrong += outcome.status == "finished"
-    compared = len(outcomes.keys() & reference.keys())
-    statuses = collections.Counter(outcome.status for outcome in outcomes.values())
-    return {
-        "requests": compared,
-        "wrong": wrong,
-        "wrong_per_10000": round(1e4 * wrong / compared, 1) if compared else None,
-        "ties": ties,
-        "aborted": statuses["aborted"],
-        "aborted_wrong": found,
-        "failed": statuses["failed"],
-        "tokens_until_abort": median(late) if late else None,
-    }
+    statuses = collections.Counter(outcome.status for outcome in outcomes)
+    return Tally(len(asked), wrong, ties, statuses["aborted"], len(late), statuses["failed"], tuple(late))
 
 
-def report(glm: GLM, workload: Workload, arguments: Arguments) -> dict[str, dict[str, object]]:
-    """Of every mode that has been run."""
-    reference, _ = kept(arguments, "no faults")
-    found = {}
-    for mode in MODES:
-        outcomes, counters = kept(arguments, mode)
-        if outcomes:
-            found[mode] = judge(glm, workload, outcomes, reference) | {"counters": dict(sorted(counters.items()))}
-    return found
+def report(arguments: Arguments) -> dict[str, Tally]:
+    """Of every mode, as far as it has been run."""
+    total: dict[str, Tally] = {}
+    for _, modes in kept(arguments):
+        for mode, tally in modes.items():
+            total[mode] = total.get(mode, Tally()) + tally
+    return total
 
 
-def table(found: dict[str, dict[str, object]]) -> str:
+def table(found: Mapping[str, Tally]) -> str:
     """The report, to be read."""
     lines = [
-        f"{'':<30}{'requests':>9}{'wrong':>7}{'per 10,000':>12}{'ties':>6}{'aborted':>9}{'of wrong':>10}  counters"
+        f"{'':<30}{'requests':>9}{'wrong':>7}{'per 10,000':>12}{'ties':>6}{'aborted':>9}{'of wrong':>10}{'after':>7}  counters"
     ]
     for mode, of in found.items():
-        numbers = f"{of['requests']:>9,}{of['wrong']:>7}{of['wrong_per_10000'] or 0:>12}{of['ties']:>6}"
-        counters = ", ".join(f"{name} {count}" for name, count in of["counters"].items())
-        lines.append(f"{mode:<30}{numbers}{of['aborted']:>9}{of['aborted_wrong']:>10}  {counters}")
-    return "\n".join(lines)
+        late = f"{median(of.late):.0f}" if of.late else "–"
+        counters = ", ".join(f"{name} {count}" for name, count in sorted(of.counters.items()))
+        lines.append(
+            f"{mode:<30}{of.requests:>9,}{of.wrong:>7}{of.wrong_per_10000:>12.1f}{of.ties:>6}{of.aborted:>9}"
+            f"{of.aborted_wrong:>10}{late:>7}  {counters}"
+        )
+    return "\n".join([*lines, "after: median of tokens between the first wrong one and the abort"])
 
 
 def main(arguments: Arguments) -> None:
     """Run what is left, and report."""
+    glmjax.compilation_cache()
     glm = glmjax.load()
-    texts = encode(glm, read_or_held_out(()))
     workload = Workload(
         glm,
-        texts,
+        encode(glm, read_or_held_out(())),
         documents=arguments.documents,
         length=arguments.document_tokens,
         new_tokens=arguments.new_tokens,
     )
-    for mode in arguments.modes:
-        campaign(glm, workload, arguments, mode, engine_config(arguments, mode))
-    found = report(glm, workload, arguments)
+    campaign(glm, workload, arguments, {mode: engine_config(arguments, mode) for mode in MODES})
+    found = report(arguments)
     kinds = collections.Counter(workload[n].kind for n in range(arguments.requests))
     print("simulated faults; requests: " + ", ".join(f"{kinds[kind]:,} {kind}" for kind in KINDS))
     print(table(found))
     print(machine())
-    (arguments.results / "report.json").write_text(json.dumps({"modes": found, "machine": machine()}, indent=1))
+    modes = {mode: dataclasses.asdict(of) | {"wrong_per_10000": of.wrong_per_10000} for mode, of in found.items()}
+    (arguments.results / "report.json").write_text(json.dumps({"modes": modes, "machine": machine()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

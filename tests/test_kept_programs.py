@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from glmjax.kept_programs import compilation_cache
 
@@ -76,6 +77,7 @@ def settings(monkeypatch):
     yield lambda: [getattr(jax.config, name) for name in names]
     for name, value in before.items():
         jax.config.update(name, value)
+    jax_cache.reset_cache()
 
 
 def test_a_folder_is_made_for_this_user_alone(settings, tmp_path):

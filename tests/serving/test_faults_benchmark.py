@@ -32,39 +32,64 @@ def arguments(tmp_path_factory):
     return faults.Arguments(requests=300, piece=150, results=tmp_path_factory.mktemp("faults"), inflight=4)
 
 
+CONFIGS = {
+    "no faults": CONFIG,
+    "races, unversioned": dataclasses.replace(CONFIG, faults=dataclasses.replace(RACES, versioned=False)),
+    "races, versioned": dataclasses.replace(CONFIG, faults=RACES),
+}
+
+
 @pytest.fixture(scope="module")
 def report(glm, workload, arguments):
-    for mode, made in (
-        ("no faults", None),
-        ("races, unversioned", dataclasses.replace(RACES, versioned=False)),
-        ("races, versioned", RACES),
-    ):
-        faults.campaign(glm, workload, arguments, mode, dataclasses.replace(CONFIG, faults=made))
-    return faults.report(glm, workload, arguments)
+    """Of a campaign that was interrupted after a piece."""
+    faults.campaign(glm, workload, dataclasses.replace(arguments, requests=150), CONFIGS)
+    faults.campaign(glm, workload, arguments, CONFIGS)
+    return faults.report(arguments)
 
 
 def test_races_make_outputs_wrong_where_nothing_is_versioned(report):
     found = report["races, unversioned"]
-    assert found["wrong"] > found["ties"]
-    assert all(found["counters"][name] for name in ("late_landing", "forward_before_ready", "retire_during_transfer"))
+    assert found.requests == 300
+    assert found.wrong > found.ties
+    assert found.wrong_per_10000 == pytest.approx(found.wrong / 0.03)
+    assert all(found.counters[name] for name in ("late_landing", "forward_before_ready", "retire_during_transfer"))
 
 
 def test_no_output_is_wrong_where_everything_is(report):
     found = report["races, versioned"]
-    assert found["requests"] == 300
-    assert found["wrong"] == found["failed"] == 0
-    assert all(found["counters"][name] for name in ("late_landing", "forward_before_ready", "retire_during_transfer"))
-    assert found["counters"]["replays"]
+    assert found.requests == 300
+    assert found.wrong == found.failed == 0
+    assert all(found.counters[name] for name in ("late_landing", "forward_before_ready", "retire_during_transfer"))
+    assert found.counters["replays"]
 
 
 def test_what_has_been_run_is_not_run_again(report, glm, workload, arguments, monkeypatch):
-    monkeypatch.setattr(faults, "serve", pytest.fail)
-    faults.campaign(glm, workload, arguments, "races, versioned", CONFIG)
-    assert faults.report(glm, workload, arguments) == report
+    monkeypatch.setattr(faults, "Engine", pytest.fail)
+    faults.campaign(glm, workload, arguments, CONFIGS)
+    assert faults.report(arguments) == report
+
+
+def test_what_was_run_otherwise_is_not_added(report, arguments):
+    with pytest.raises(ValueError, match="give another --results"):
+        faults.report(dataclasses.replace(arguments, pages=17))
 
 
 def test_a_table_has_a_line_for_each_mode(report):
-    assert len(faults.table(report).splitlines()) == 1 + len(report)
+    lines = faults.table(report).splitlines()
+    assert [line[:30].strip() for line in lines[1:-1]] == list(report)
+
+
+def test_what_was_aborted_is_judged_by_what_it_had_sent(glm, workload):
+    asked, right = [workload[n] for n in range(4)], tuple(range(8))
+    reference = [faults.Outcome(right, "finished")] * 4
+    outcomes = [
+        reference[0],
+        faults.Outcome(right[:5], "aborted"),
+        faults.Outcome((*right[:5], 9, 9), "aborted"),
+        faults.Outcome((), "failed"),
+    ]
+    tally = faults.judge(glm, asked, outcomes, reference)
+    assert (tally.wrong, tally.aborted, tally.aborted_wrong, tally.failed, tally.late) == (0, 2, 1, 1, (2,))
 
 
 def test_an_output_parts_from_its_reference_at_the_first_other_token():
