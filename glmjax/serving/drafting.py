@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-_PROBE_EVERY = 8  # dispatches of decoding
-_PRIOR, _MEMORY = 4.0, 64.0  # rounds that optimism counts for, and that are remembered
+_PROBE_EVERY = 16  # dispatches of decoding
+_PRIOR, _MEMORY = 4.0, 64.0  # rounds that expectation counts for, and that are remembered
 
 
 class Acceptance:
-    """Of one request's drafts, averaged over its last rounds; all of them count as accepted before the first.
+    """How often drafts are accepted: of one request, or of all; averaged over the last rounds.
 
-    Attributes:
-        likely: how likely the first draft of a round is accepted, the first two, and so on, as far as there were any.
+    Args:
+        others: what is expected before there have been rounds; without them, that everything is accepted.
     """
 
-    def __init__(self):
-        self.likely: list[float] = []
+    def __init__(self, others: Acceptance | None = None):
+        self._others = others
+        self._likely: list[float] = []  # that the first draft of a round is accepted, the first two, and so on
         self._rounds: list[float] = []
 
     def push(self, accepted: Sequence[int], rounds: int) -> None:
@@ -27,16 +28,21 @@ class Acceptance:
             rounds: how many there were, at least one.
         """
         for n, hits in enumerate(accepted):
-            if n == len(self.likely):
-                self.likely.append(1.0)
+            if n == len(self._likely):
+                self._likely.append(self._expected(n))
                 self._rounds.append(_PRIOR)
             known = self._rounds[n]
-            self.likely[n] = (known * self.likely[n] + hits) / (known + rounds)
+            self._likely[n] = (known * self._likely[n] + hits) / (known + rounds)
             self._rounds[n] = min(known + rounds, _MEMORY)
 
     def tokens(self, depth: int) -> float:
         """Of a round with so many drafts, expected."""
-        return 1.0 + sum(self.likely[:depth]) + max(0, depth - len(self.likely))
+        return 1.0 + sum(self._expected(n) for n in range(depth))
+
+    def _expected(self, n: int) -> float:
+        if n < len(self._likely):
+            return self._likely[n]
+        return 1.0 if self._others is None else self._others._expected(n)
 
 
 def depths(num_draft: int, adapts: bool) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from glmjax.glm import GLM, Prompt
 from glmjax.model.sampling_params import SamplingParams
 from glmjax.serving.compiled import Programs
 from glmjax.serving.config import EngineConfig
+from glmjax.serving.drafting import Acceptance
 from glmjax.serving.errors import ClosedError, UnavailableError
 from glmjax.serving.faults import Faults
 from glmjax.serving.hooks import Hooks
@@ -186,6 +187,7 @@ class Engine:
                 hook=int(hook),
                 arrived=now,
                 rules=self.config.anomalies,
+                acceptance=Acceptance(self._running.acceptance),
             )
             for i in range(n)
         ]

@@ -125,7 +125,8 @@ class Outcome:
             setattr(request, name, getattr(request, name) + count)
             totals[name] += count
         accepted = [sum(count > n + 1 for count in counts) for n in range(drafts)]
-        request.acceptance.push(accepted, len(counts))
+        for acceptance in (request.acceptance, self._running.acceptance):
+            acceptance.push(accepted, len(counts))
         for n, hits in enumerate(accepted):
             totals["accepted", n] += hits
             totals["drafted", n] += len(counts)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from glmjax.serving.config import EngineConfig
+from glmjax.serving.drafting import Acceptance
 from glmjax.serving.errors import DeadlineError
 from glmjax.serving.faults import Faults
 from glmjax.serving.offload import Loading, Move, Offload
@@ -40,6 +41,7 @@ class Running:
         pool: who holds which page.
         tree: what is shared of them.
         counts: what has happened, for `glmjax.serving.stats.EngineStats`.
+        acceptance: of all requests' drafts lately.
     """
 
     def __init__(self, config: EngineConfig, pages: int, offload: Offload | None = None, faults: Faults | None = None):
@@ -47,6 +49,7 @@ class Running:
             most=config.max_queued, most_of_client=config.max_queued_per_client, ageing=config.ageing_seconds
         )
         self.counts: Counter = Counter()
+        self.acceptance = Acceptance()
         self._config, self._pages, self._size = config, pages, config.page_size
         self._offload, self._faults = offload, faults or Faults(None)
         self._begin()

@@ -47,6 +47,14 @@ def test_what_was_seen_once_decides_nothing():
     assert once.tokens(1) == pytest.approx(1.8)
 
 
+def test_before_its_own_first_round_a_request_is_expected_to_go_as_others_do():
+    others = after([0.5, 0.25], 100_000)
+    mine = Acceptance(others)
+    assert mine.tokens(3) == pytest.approx(1 + 0.5 + 0.25 + 1, abs=0.01)
+    mine.push([0], 1)
+    assert mine.tokens(2) == pytest.approx(1 + 0.4 + 0.25, abs=0.01)
+
+
 def test_what_is_long_ago_is_forgotten():
     changed = after([1.0], 100_000)
     changed.push([0], 256)
@@ -85,7 +93,7 @@ def test_mostly_it_is_what_gives_most_tokens_a_second(requests, seconds, best):
 
 
 def test_now_and_then_everything_is_drafted_whatever_it_costs():
-    assert chosen(4, [NEVER], paces(1, 9))[4] == 50
+    assert chosen(4, [NEVER], paces(1, 9))[4] == 25
 
 
 def test_what_is_not_known_is_tried():
