@@ -179,6 +179,17 @@ class SamplingState:
         Raises:
           ValueError: a parameter is out of range, a seed is missing, or a prompt id is outside the vocabulary.
         """
+        return jax.tree.map(jnp.asarray, cls.on_host(params, prompts, vocab, tokens))
+
+    @classmethod
+    def on_host(
+        cls,
+        params: Sequence[SamplingParams],
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        vocab: int,
+        tokens: int | None = None,
+    ) -> "SamplingState":
+        """As `from_params`, in NumPy's arrays: what a program takes as it is."""
         if len(params) != len(prompts):
             raise ValueError(f"{len(params)} sampling params but {len(prompts)} prompts; give one prompt per slot")
         slots = len(params)
@@ -202,24 +213,25 @@ class SamplingState:
                 bias_BV[slot, token] = bias
         bias_BV[:, vocab if tokens is None else tokens :] = -np.inf
 
-        def floats(name: str) -> jax.Array:
+        def floats(name: str) -> np.ndarray:
             values_B = np.array([getattr(asked, name) for asked in params], np.float64)
             values_B[np.abs(values_B) < _SMALLEST] = 0  # devices disagree about subnormal numbers
-            return jnp.asarray(values_B, jnp.float32)
+            return values_B.astype(np.float32)
 
-        return cls(
-            temperature_B=floats("temperature"),
-            top_k_B=jnp.asarray([min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params], jnp.int32),
-            top_p_B=floats("top_p"),
-            min_p_B=floats("min_p"),
-            repetition_B=floats("repetition_penalty"),
-            frequency_B=floats("frequency_penalty"),
-            presence_B=floats("presence_penalty"),
-            seed_B=jnp.asarray(np.array([p.seed or 0 for p in params], np.uint32)),
-            bias_BV=jnp.asarray(bias_BV),
-            prompt_BV=jnp.asarray(prompt_BV),
-            counts_BV=jnp.zeros((slots, vocab), jnp.int32),
-        )
+        arrays = {
+            "temperature_B": floats("temperature"),
+            "top_k_B": np.array([min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params], np.int32),
+            "top_p_B": floats("top_p"),
+            "min_p_B": floats("min_p"),
+            "repetition_B": floats("repetition_penalty"),
+            "frequency_B": floats("frequency_penalty"),
+            "presence_B": floats("presence_penalty"),
+            "seed_B": np.array([p.seed or 0 for p in params], np.uint32),
+            "bias_BV": bias_BV,
+            "prompt_BV": prompt_BV,
+            "counts_BV": np.zeros((slots, vocab), np.int32),
+        }
+        return cls.tree_unflatten(None, [arrays[f.name] for f in fields(cls)])
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], None]:
         """Leaves with their names, for JAX."""

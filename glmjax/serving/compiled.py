@@ -121,9 +121,9 @@ class Programs:
     def _lowered(self, name: Shape | str, cache: PagedCache, state: Slots) -> Any:
         if name == "admit":
             vocab = state.sampling.bias_BV.shape[1]
-            idle = SamplingState.from_params([SamplingParams(temperature=0)], [()], vocab)
+            idle = SamplingState.on_host([SamplingParams(temperature=0)], [()], vocab)
             one = np.array(0, np.int32)
-            return jax.jit(slots.admit, donate_argnums=0).lower(state, one, one, jax.tree.map(np.asarray, idle))
+            return jax.jit(slots.admit, donate_argnums=0).lower(state, one, one, idle)
         if name == "collect":
             return jax.jit(pages.collect).lower(cache, *np.zeros((3, MOVED_PAGES), np.int32))
         if name == "land":

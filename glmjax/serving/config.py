@@ -48,7 +48,7 @@ class EngineConfig:
     grammars: bool = False
     grammar_share: float = 0.05
     max_rounds: int = 32
-    dispatch_seconds: float = 0.04
+    dispatch_seconds: float = 0.06
     dispatch_ahead: bool = True
     max_queued: int = 1024
     max_queued_per_client: int = 1024

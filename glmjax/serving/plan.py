@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence as Several
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from glmjax.model.sampling_params import SamplingParams, SamplingState
@@ -42,9 +40,9 @@ class Admission:
             vocab: V.
             tokens: how many of them the tokenizer has, or None for all.
         """
-        state = SamplingState.from_params([self.params], [self.prompt], vocab, tokens)
-        counts_V = np.bincount(np.array(self.emitted, np.int64), minlength=vocab).astype(np.int32)
-        return jax.tree.map(np.asarray, dataclasses.replace(state, counts_BV=jnp.asarray(counts_V[None])))
+        state = SamplingState.on_host([self.params], [self.prompt], vocab, tokens)
+        np.add.at(state.counts_BV[0], np.array(self.emitted, np.int64), 1)
+        return state
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
