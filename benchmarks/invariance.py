@@ -11,12 +11,14 @@ Replays after faults are not here, for nothing but a fault causes them: tests/se
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import tyro
 
@@ -313,6 +315,10 @@ def run(glm: GLM, arguments: Arguments) -> bool:
                 of = compare(glm, requests, expected, found)
                 holds &= _told(setting, of, before, engine.stats(), time.perf_counter() - began)
                 total = Compared(total.tokens + of.tokens, total.differences + of.differences)
+        # Compiled programs are mapped in many pieces each, and XLA crashes where a process has more than 65,530.
+        del engine
+        jax.clear_caches()
+        gc.collect()
     far = sum(not difference.excused for difference in total.differences)
     print(f"{total.tokens:,} tokens, {len(total.differences)} differences, {far} of them not rounding")
     return holds and total.holds
