@@ -81,12 +81,15 @@ class Scheduler:
         return self._obey(owing=True)
 
     def _read(self) -> Plan | None:
-        """Chunks of prompts; who has had one goes to the end of the line."""
+        """Chunks of prompts; who has had one goes to the end of the line. Who is cached as a whole is before it."""
         reading = [s for s in self._running.sequences if s.reads and not self._running.waits(s)]
         line = sorted(reading, key=lambda s: (s.request.priority, s.turn))
         if not line:
             return None
-        shape = self._shapes.read([len(s.ids) - s.sent for s in line], [len(s.leases) for s in line])
+        if cached := [s for s in line if len(s.ids) - s.sent <= self._shapes.begun]:
+            shape, line = self._shapes.begin(len(cached), max(len(s.leases) for s in cached)), cached
+        else:
+            shape = self._shapes.read([len(s.ids) - s.sent for s in line], [len(s.leases) for s in line])
         chosen = tuple(line[: shape.batch])
         chunks = chunks_of(shape, chosen)
         for sequence, count, final in zip(chosen, chunks.count_B, chunks.final_B, strict=False):

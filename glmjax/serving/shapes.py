@@ -41,11 +41,13 @@ class Shapes:
         vocab: V, for masks where there are grammars.
 
     Attributes:
+        begun: most tokens of a prompt that is as good as cached.
         depths: drafts of a round, most first.
         confirmed: tokens of a round that confirms, the newest one included.
         obeyed: most tokens of a sequence in a round under its grammar.
     """
 
+    begun = 1
     obeyed = _OBEYED[-1]
 
     def __init__(self, config: EngineConfig, max_model_len: int, vocab: int = 0):
@@ -65,10 +67,15 @@ class Shapes:
     def __iter__(self) -> Iterable[Shape]:
         for pages in self._pages:
             yield from (Shape("read", batch, width, pages, self._words) for batch, width in self._chunks)
+            yield from (self.begin(batch, pages) for batch in self._batches)
             yield from (self.decode(batch, pages, depth) for batch in self._batches for depth in self.depths)
             yield self.confirm(pages)
             if self._words:
                 yield from (self.obey(batch, width, pages) for batch in self._batches for width in _OBEYED)
+
+    def begin(self, sequences: int, pages: int) -> Shape:
+        """For so many prompts of up to so many pages that are cached but for `begun` tokens."""
+        return Shape("read", _least(self._batches, sequences), self.begun, _least(self._pages, pages), self._words)
 
     def decode(self, sequences: int, pages: int, depth: int) -> Shape:
         """For so many sequences of up to so many pages, with so many drafts in a round."""
