@@ -246,6 +246,8 @@ def commit(
     """
     if model.mtp is None:
         return cache
+    # A stretch of one needs nothing of the target, and XLA, free to write before the target has read, copies the cache.
+    tail_BD, hidden_BTD = lax.optimization_barrier((tail_BD, hidden_BTD))
     return model.draft(ids_BT, previous_hidden(hidden_BTD, tail_BD), cache, step).cache
 
 

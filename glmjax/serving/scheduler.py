@@ -81,13 +81,14 @@ class Scheduler:
         return self._obey(owing=True)
 
     def _read(self) -> Plan | None:
-        """Chunks of prompts; who has had one goes to the end of the line. Who is cached as a whole is before it."""
+        """Chunks of prompts; who has had one goes to the end of the line. Who has little left ends with others like him."""
         reading = [s for s in self._running.sequences if s.reads and not self._running.waits(s)]
         line = sorted(reading, key=lambda s: (s.request.priority, s.turn))
         if not line:
             return None
-        if cached := [s for s in line if len(s.ids) - s.sent <= self._shapes.begun]:
-            shape, line = self._shapes.begin(len(cached), max(len(s.leases) for s in cached)), cached
+        ending = [s for s in line if len(s.ids) - s.sent <= self._shapes.ending]
+        if line[0] in ending:
+            line, shape = ending, self._shapes.end(len(ending), max(len(s.leases) for s in ending))
         else:
             shape = self._shapes.read([len(s.ids) - s.sent for s in line], [len(s.leases) for s in line])
         chosen = tuple(line[: shape.batch])

@@ -28,6 +28,9 @@ class Shape(NamedTuple):
     words: int = 0
 
 
+_ENDING = 8
+"""Tokens that prompts may have left to end together: mostly prompts that are cached."""
+
 _OBEYED = (1, 8)
 """Tokens of a sequence in a round under its grammar: the one that it draws, and those that are forced before it."""
 
@@ -41,13 +44,12 @@ class Shapes:
         vocab: V, for masks where there are grammars.
 
     Attributes:
-        begun: most tokens of a prompt that is as good as cached.
+        ending: most tokens that are left of prompts which end together.
         depths: drafts of a round, most first.
         confirmed: tokens of a round that confirms, the newest one included.
         obeyed: most tokens of a sequence in a round under its grammar.
     """
 
-    begun = 1
     obeyed = _OBEYED[-1]
 
     def __init__(self, config: EngineConfig, max_model_len: int, vocab: int = 0):
@@ -56,6 +58,8 @@ class Shapes:
         fewest = min(most, max(1, 512 // size))
         self._pages = [*_doubling(fewest, most)]
         self._batches = [*_doubling(1, config.max_num_seqs, by=4)]
+        self._several = self._batches[1:] or self._batches
+        self.ending = min(_ENDING, size)
         alone = [(1, width) for width in _doubling(size, config.chunk_tokens, by=2)]
         together = 4
         fits = together <= config.max_num_seqs and together * size <= config.chunk_tokens
@@ -67,15 +71,16 @@ class Shapes:
     def __iter__(self) -> Iterable[Shape]:
         for pages in self._pages:
             yield from (Shape("read", batch, width, pages, self._words) for batch, width in self._chunks)
-            yield from (self.begin(batch, pages) for batch in self._batches)
+            yield from (self.end(batch, pages) for batch in self._several)
             yield from (self.decode(batch, pages, depth) for batch in self._batches for depth in self.depths)
             yield self.confirm(pages)
             if self._words:
                 yield from (self.obey(batch, width, pages) for batch in self._batches for width in _OBEYED)
 
-    def begin(self, sequences: int, pages: int) -> Shape:
-        """For so many prompts of up to so many pages that are cached but for `begun` tokens."""
-        return Shape("read", _least(self._batches, sequences), self.begun, _least(self._pages, pages), self._words)
+    def end(self, sequences: int, pages: int) -> Shape:
+        """For so many prompts of up to so many pages that have `ending` tokens left at most."""
+        batch = _least(self._several, sequences)
+        return Shape("read", batch, self.ending, _least(self._pages, pages), self._words)
 
     def decode(self, sequences: int, pages: int, depth: int) -> Shape:
         """For so many sequences of up to so many pages, with so many drafts in a round."""
