@@ -38,9 +38,6 @@ def by_bisection(scores_BTS: Float[Array, "B T S"], k: int) -> Bool[Array, "B T 
     key_BTS = jnp.where(bits_BTS < 0, bits_BTS ^ jnp.int32(0x7FFFFFFF), bits_BTS)  # ordered as the floats are
     key_BTS = jnp.where(visible_BTS, key_BTS, lowest)
 
-    def count(condition_BTS: jax.Array) -> jax.Array:
-        return jnp.sum(condition_BTS, axis=-1, dtype=jnp.int32)
-
     def unsettled(carry: tuple[jax.Array, ...]) -> jax.Array:
         bit, _, count_BT = carry
         return (bit >= 0) & jnp.any(count_BT > k)
@@ -49,28 +46,37 @@ def by_bisection(scores_BTS: Float[Array, "B T S"], k: int) -> Bool[Array, "B T 
         # Bit 31 first: adding 2^31 to the smallest integer wraps to 0, which is the sign's half.
         bit, threshold_BT, count_BT = carry
         raised_BT = threshold_BT + lax.shift_left(jnp.int32(1), bit)
-        above_BT = count(key_BTS >= raised_BT[..., None])
+        above_BT = _count(key_BTS >= raised_BT[..., None])
         enough = above_BT >= k
         return bit - 1, jnp.where(enough, raised_BT, threshold_BT), jnp.where(enough, above_BT, count_BT)
 
     lowest_BT = jnp.full(key_BTS.shape[:-1], lowest, jnp.int32)
-    _, threshold_BT, _ = lax.while_loop(unsettled, key_bit, (jnp.int32(31), lowest_BT, count(visible_BTS)))
+    _, threshold_BT, _ = lax.while_loop(unsettled, key_bit, (jnp.int32(31), lowest_BT, _count(visible_BTS)))
     above_BTS = key_BTS > threshold_BT[..., None]
     equal_BTS = visible_BTS & (key_BTS == threshold_BT[..., None])
-    wanted_BT = k - count(above_BTS)
+    wanted_BT = k - _count(above_BTS)
     length = scores_BTS.shape[-1]
     position_S, bits = jnp.arange(length, dtype=jnp.int32), length.bit_length()
 
     def end_bit(i: jax.Array, end_BT: jax.Array) -> jax.Array:
         raised_BT = end_BT + lax.shift_left(jnp.int32(1), jnp.int32(bits - 1) - i)
-        enough = count(equal_BTS & (position_S < raised_BT[..., None])) <= wanted_BT
+        enough = _count(equal_BTS & (position_S < raised_BT[..., None])) <= wanted_BT
         return jnp.where(enough, raised_BT, end_BT)
 
-    tied = jnp.any(count(equal_BTS) > wanted_BT)  # else every equal one is taken, wherever it stands
+    tied = jnp.any(_count(equal_BTS) > wanted_BT)  # else every equal one is taken, wherever it stands
     nowhere_BT = jnp.zeros_like(wanted_BT)
     end_BT = lax.fori_loop(0, jnp.where(tied, bits, 0), end_bit, nowhere_BT)
     end_BT = jnp.where(tied, end_BT, length)
     return above_BTS | (equal_BTS & (position_S < end_BT[..., None]))
+
+
+def _count(flag_BTS: jax.Array) -> jax.Array:
+    """How many are set along the last axis: in up to 32 bytes per lane first, of which XLA on the CPU adds many at a time."""
+    length = flag_BTS.shape[-1]
+    lanes = max(64, 1 << (-(-length // 32) - 1).bit_length())
+    padded_BTS = jnp.pad(flag_BTS, ((0, 0), (0, 0), (0, -length % lanes)))
+    byte_BTC = jnp.sum(padded_BTS.reshape(*flag_BTS.shape[:-1], -1, lanes), axis=-2, dtype=jnp.uint8)
+    return jnp.sum(byte_BTC, axis=-1, dtype=jnp.int32)
 
 
 def by_placing(scores_BTS: Float[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
