@@ -15,6 +15,7 @@ from glmjax.pallas.precision import einsum
 from glmjax.pallas.stack import Stack, take
 
 _MOST_ROWS = 512  # rows of one block; larger ones gain nothing and pad more
+_FEW_ROWS = 16  # in smaller blocks, padding costs less than reading an expert for a second one
 
 
 def experts(
@@ -71,6 +72,8 @@ def _arrange(choice_MX: jax.Array, experts: int) -> _Blocks:
     pairs = tokens * chosen
     size = 1
     while size < _MOST_ROWS and size * experts < pairs:
+        size *= 2
+    if 1 < size < _FEW_ROWS:
         size *= 2
     blocks = min(pairs, -(-pairs // size) + experts)
 
