@@ -11,12 +11,16 @@ import time
 from pathlib import Path
 from statistics import median
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
 import glmjax
 from benchmarks.measure import machine
+from benchmarks.synthetic import random_model
 from glmjax.glm import GLM
+from glmjax.model.config import GlmConfig
+from glmjax.model.stops import Stops
 from glmjax.nano import NANO
 from glmjax.serving.config import EngineConfig
 from glmjax.serving.engine import Engine
@@ -28,6 +32,7 @@ class Arguments:
 
     Attributes:
         model_path: directory of a checkpoint; default the model in the box.
+        config: a config.json, whose model gets random weights in float32: instead of a checkpoint.
         context: tokens of each prompt.
         new_tokens: tokens to generate after each.
         streams: how many at once.
@@ -38,6 +43,7 @@ class Arguments:
     """
 
     model_path: Path = NANO
+    config: Path | None = None
     context: int = 512
     new_tokens: int = 128
     streams: tuple[int, ...] = (1, 4, 16)
@@ -92,9 +98,18 @@ def run(glm: GLM, arguments: Arguments) -> str:
     return "\n".join(lines)
 
 
+def loaded(arguments: Arguments) -> GLM:
+    """The model to serve."""
+    if arguments.config is None:
+        return glmjax.load(arguments.model_path)
+    weights = random_model(GlmConfig.from_dir(arguments.config), jnp.float32)
+    return GLM(weights, tokenizer=None, chat_template=None, stops=Stops(frozenset()))
+
+
 def main(arguments: Arguments) -> None:
     """Measure and print."""
-    print(run(glmjax.load(arguments.model_path), arguments))
+    glmjax.compilation_cache()
+    print(run(loaded(arguments), arguments))
     print(machine())
 
 
