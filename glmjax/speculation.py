@@ -251,21 +251,36 @@ def commit(
     return model.draft(ids_BT, previous_hidden(hidden_BTD, tail_BD), cache, step).cache
 
 
+class _Drafting(NamedTuple):
+    """Between two drafts: what the cache and the counts would be, the newest token, and hidden states before it."""
+
+    cache: Any
+    sampling: SamplingState
+    token_B: jax.Array
+    hidden_B1D: jax.Array
+
+
 def _draft(model: Network, state: DecodeState, num_draft: int) -> tuple[jax.Array, Cache]:
     """The newest token and the drafts after it [B, T], and the cache with the provisional MTP rows."""
-    cache, sampling, selected = state.cache, state.sampling, None
-    token_B, hidden_BTD = state.token_B, state.tail_BD[:, None].astype(model.dtype)
-    chain = [token_B]
-    for n in range(num_draft):
-        step = cache.step(_positions(state.position_B, 1, n))
-        out = model.draft(token_B[:, None], hidden_BTD, cache, step, selected=selected)
-        cache, hidden_BTD = out.cache, out.hidden_BTD
-        if model.config.index_share_for_mtp_iteration:
-            selected = out.selected
-        token_B = sample(model.head(hidden_BTD)[:, 0], sampling, state.position_B + n + 1)
-        sampling = observe(sampling, token_B, state.position_B >= 0)  # penalties count the drafts before
-        chain.append(token_B)
-    return jnp.stack(chain, axis=1), cache
+
+    def draft(before: _Drafting, n: Any, selected: Any = None) -> tuple[_Drafting, Any]:
+        step = before.cache.step(_positions(state.position_B, 1, n))
+        out = model.draft(before.token_B[:, None], before.hidden_B1D, before.cache, step, selected=selected)
+        token_B = sample(model.head(out.hidden_BTD)[:, 0], before.sampling, state.position_B + n + 1)
+        sampling = observe(before.sampling, token_B, state.position_B >= 0)  # penalties count the drafts before
+        return _Drafting(out.cache, sampling, token_B, out.hidden_BTD), out.selected
+
+    def next_draft(before: _Drafting, n: jax.Array) -> tuple[_Drafting, jax.Array]:
+        after, _ = draft(before, n, selected)
+        return after, after.token_B
+
+    drafting = _Drafting(state.cache, state.sampling, state.token_B, state.tail_BD[:, None].astype(model.dtype))
+    chain, selected = [state.token_B[None]], None
+    if num_draft and model.config.index_share_for_mtp_iteration:  # all read what the first one selects
+        drafting, selected = draft(drafting, 0)
+        chain.append(drafting.token_B[None])
+    drafting, token_TB = lax.scan(next_draft, drafting, jnp.arange(len(chain) - 1, num_draft, dtype=jnp.int32))
+    return jnp.concatenate([*chain, token_TB]).T, drafting.cache
 
 
 def _accept(
@@ -300,7 +315,7 @@ def _accept(
     return tokens_TB.T, gap_TB.T, stopped_B, sampling
 
 
-def _positions(position_B: jax.Array, length: int, begin: int = 0) -> jax.Array:
+def _positions(position_B: jax.Array, length: int, begin: Any = 0) -> jax.Array:
     """Of `length` tokens each, `begin` tokens after a given one; −1 for idle slots."""
-    position_BT = position_B[:, None] + jnp.arange(begin, begin + length, dtype=jnp.int32)
+    position_BT = position_B[:, None] + begin + jnp.arange(length, dtype=jnp.int32)
     return jnp.where(position_B[:, None] >= 0, position_BT, -1)
