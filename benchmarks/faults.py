@@ -5,7 +5,7 @@ Many requests that share prefixes run on engines whose pages go to the host's me
 faults, and is wrong where it differs, unless rounding may have decided it (`glmjax.evaluation.margins`).
 
 It can be interrupted: every so many requests all modes have been judged, and what was found is kept, a small file a
-piece. The next call goes on from there, on another machine, too.
+piece. The next call goes on from there, on another machine, too, and runs modes that a piece lacks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import collections
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -38,16 +38,20 @@ from glmjax.serving.stream import Stream
 RACES = FaultRates(late_landing=0.05, forward_before_ready=0.05, retire_during_transfer=0.05)
 FLIPS = FaultRates(bit_flip=0.02)
 BLIND = AnomalyRules(enabled=False)
+LOOKS = AnomalyRules(least_tokens=32, window=16)
+"""The published rules with a quarter of their tokens and rounds: answers here are that much shorter."""
+
 TIE = 1e-4
 """Margin below which rounding may decide."""
 
+
 MODES: dict[str, tuple[FaultRates | None, AnomalyRules]] = {
-    "no faults": (None, AnomalyRules()),
+    "no faults": (None, LOOKS),
     "races, unversioned": (dataclasses.replace(RACES, versioned=False), BLIND),
-    "races, unversioned, detector": (dataclasses.replace(RACES, versioned=False), AnomalyRules()),
-    "races, versioned": (RACES, AnomalyRules()),
+    "races, unversioned, detector": (dataclasses.replace(RACES, versioned=False), LOOKS),
+    "races, versioned": (RACES, LOOKS),
     "bit flips, no checksums": (dataclasses.replace(FLIPS, versioned=False), BLIND),
-    "bit flips, checksums": (FLIPS, AnomalyRules()),
+    "bit flips, checksums": (FLIPS, BLIND),
 }
 """Faults, and whether the detector looks; everything is compared with the first."""
 
@@ -134,10 +138,8 @@ class Arguments:
     @property
     def settings(self) -> dict[str, object]:
         """What pieces must have in common to be added up."""
-        given = dataclasses.asdict(self)
-        rates = {mode: None if faults is None else dataclasses.asdict(faults) for mode, (faults, _) in MODES.items()}
-        here = {name: value for name, value in given.items() if name not in ("requests", "piece", "results")}
-        return json.loads(json.dumps(here | {"rates": rates}))
+        given = dataclasses.asdict(self).items()
+        return json.loads(json.dumps({name: of for name, of in given if name not in ("requests", "piece", "results")}))
 
 
 def engine_config(arguments: Arguments, mode: str) -> EngineConfig:
@@ -155,13 +157,12 @@ def engine_config(arguments: Arguments, mode: str) -> EngineConfig:
     )
 
 
-def serve(engine: Engine, workload: Workload, numbers: range, inflight: int) -> tuple[list[Outcome], dict[str, int]]:
+def serve(engine: Engine, asked: Sequence[Asked], inflight: int) -> tuple[list[Outcome], dict[str, int]]:
     """What comes of requests, each read as it comes; and counters."""
 
-    async def one(n: int, places: asyncio.Semaphore) -> Outcome:
+    async def one(request: Asked, places: asyncio.Semaphore) -> Outcome:
         async with places:
-            asked = workload[n]
-            stream: Stream = engine.generate(asked.ids, asked.params)
+            stream: Stream = engine.generate(request.ids, request.params)
             ids: list[int] = []
             try:
                 async for chunk in stream:
@@ -174,7 +175,7 @@ def serve(engine: Engine, workload: Workload, numbers: range, inflight: int) -> 
 
     async def every() -> list[Outcome]:
         places = asyncio.Semaphore(inflight)
-        return await asyncio.gather(*(one(n, places) for n in numbers))
+        return await asyncio.gather(*(one(request, places) for request in asked))
 
     before = _counters(engine)
     outcomes = asyncio.run(every())
@@ -195,34 +196,54 @@ def campaign(glm: GLM, workload: Workload, arguments: Arguments, configs: Mappin
         arguments: how many, and where to.
         configs: of each mode's engine; the first is the one to compare with.
     """
-    done = sum(len(numbers) for numbers, _ in kept(arguments))
-    left = [
-        range(n, min(n + arguments.piece, arguments.requests)) for n in range(done, arguments.requests, arguments.piece)
-    ]
-    if not left:
+    pieces = kept(arguments, configs)
+    done = max((numbers.stop for numbers in pieces), default=0)
+    for begin in range(done, arguments.requests, arguments.piece):
+        pieces[range(begin, min(begin + arguments.piece, arguments.requests))] = {}
+    lacking = {numbers: [mode for mode in configs if mode not in modes] for numbers, modes in pieces.items()}
+    wanted = {mode for modes in lacking.values() for mode in modes}
+    if not wanted:
         return
+    reference = next(iter(configs))
     with contextlib.ExitStack() as opened:
-        engines = {mode: opened.enter_context(Engine(glm, config)) for mode, config in configs.items()}
-        bar = tqdm(total=arguments.requests * len(engines), initial=done * len(engines), unit="request")
-        opened.enter_context(bar)
-        for numbers in left:
-            tallies, reference = {}, None
-            for mode, engine in engines.items():
+        engines = {
+            mode: opened.enter_context(Engine(glm, config))
+            for mode, config in configs.items()
+            if mode in wanted or mode == reference
+        }
+        total = sum(len(numbers) * len(modes) for numbers, modes in lacking.items())
+        bar = opened.enter_context(tqdm(total=total, unit="request"))
+        for numbers, modes in lacking.items():
+            if not modes:
+                continue
+            asked = [workload[n] for n in numbers]
+            served = {reference: serve(engines[reference], asked, arguments.inflight)}
+            for mode in modes:
                 bar.set_description(mode)
-                outcomes, counters = serve(engine, workload, numbers, arguments.inflight)
-                reference = reference or outcomes
-                asked = [workload[n] for n in numbers]
-                tallies[mode] = dataclasses.replace(judge(glm, asked, outcomes, reference), counters=counters)
+                outcomes, counters = served.get(mode) or serve(engines[mode], asked, arguments.inflight)
+                tally = judge(glm, asked, outcomes, served[reference][0])
+                pieces[numbers][mode] = dataclasses.replace(tally, counters=counters)
                 bar.update(len(numbers))
-            _keep(arguments, numbers, tallies)
+            _keep(arguments, configs, numbers, pieces[numbers])
 
 
-def _keep(arguments: Arguments, numbers: range, tallies: Mapping[str, Tally]) -> None:
+def _setting(config: EngineConfig) -> dict[str, object]:
+    """What the results of a mode must have in common to be added up."""
+    return {
+        "faults": config.faults and dataclasses.asdict(config.faults),
+        "rules": dataclasses.asdict(config.anomalies),
+    }
+
+
+def _keep(
+    arguments: Arguments, configs: Mapping[str, EngineConfig], numbers: range, tallies: Mapping[str, Tally]
+) -> None:
+    modes = {mode: _setting(configs[mode]) | {"found": dataclasses.asdict(tally)} for mode, tally in tallies.items()}
     found = {
         "requests": [numbers.start, numbers.stop],
         "machine": machine(),
         "settings": arguments.settings,
-        "modes": {mode: dataclasses.asdict(tally) for mode, tally in tallies.items()},
+        "modes": modes,
     }
     arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / f"{numbers.start:06}.json"
@@ -231,21 +252,22 @@ def _keep(arguments: Arguments, numbers: range, tallies: Mapping[str, Tally]) ->
     part.rename(path)
 
 
-def kept(arguments: Arguments) -> list[tuple[range, dict[str, Tally]]]:
-    """What has been run, piece by piece.
+def kept(arguments: Arguments, configs: Mapping[str, EngineConfig]) -> dict[range, dict[str, Tally]]:
+    """What has been run: of each piece, the modes that it has.
 
     Raises:
         ValueError: with other settings.
     """
-    pieces = []
+    pieces = {}
     for path in sorted(arguments.results.glob("[0-9]*.json")):
         found = json.loads(path.read_text())
-        if found["settings"] != arguments.settings:
-            raise ValueError(
-                f"{path} was run with {found['settings']}, not with {arguments.settings}; give another --results"
-            )
-        modes = {mode: Tally(**of | {"late": tuple(of["late"])}) for mode, of in found["modes"].items()}
-        pieces.append((range(*found["requests"]), modes))
+        modes = {mode: of for mode, of in found["modes"].items() if mode in configs}
+        then = found["settings"], {mode: {"faults": of["faults"], "rules": of["rules"]} for mode, of in modes.items()}
+        now = arguments.settings, {mode: _setting(configs[mode]) for mode in modes}
+        if then != now:
+            raise ValueError(f"{path} was run with {then}, not with {now}; give another --results")
+        tallies = {mode: Tally(**of["found"] | {"late": tuple(of["found"]["late"])}) for mode, of in modes.items()}
+        pieces[range(*found["requests"])] = tallies
     return pieces
 
 
@@ -273,13 +295,10 @@ def judge(glm: GLM, asked: list[Asked], outcomes: list[Outcome], reference: list
     return Tally(len(asked), wrong, ties, statuses["aborted"], len(late), statuses["failed"], tuple(late))
 
 
-def report(arguments: Arguments) -> dict[str, Tally]:
+def report(arguments: Arguments, configs: Mapping[str, EngineConfig]) -> dict[str, Tally]:
     """Of every mode, as far as it has been run."""
-    total: dict[str, Tally] = {}
-    for _, modes in kept(arguments):
-        for mode, tally in modes.items():
-            total[mode] = total.get(mode, Tally()) + tally
-    return total
+    pieces = kept(arguments, configs).values()
+    return {mode: sum((modes[mode] for modes in pieces if mode in modes), Tally()) for mode in configs}
 
 
 def table(found: Mapping[str, Tally]) -> str:
@@ -308,8 +327,9 @@ def main(arguments: Arguments) -> None:
         length=arguments.document_tokens,
         new_tokens=arguments.new_tokens,
     )
-    campaign(glm, workload, arguments, {mode: engine_config(arguments, mode) for mode in MODES})
-    found = report(arguments)
+    configs = {mode: engine_config(arguments, mode) for mode in MODES}
+    campaign(glm, workload, arguments, configs)
+    found = report(arguments, configs)
     kinds = collections.Counter(workload[n].kind for n in range(arguments.requests))
     print("simulated faults; requests: " + ", ".join(f"{kinds[kind]:,} {kind}" for kind in KINDS))
     print(table(found))
