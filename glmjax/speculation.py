@@ -274,9 +274,11 @@ def _draft(model: Network, state: DecodeState, num_draft: int) -> tuple[jax.Arra
         after, _ = draft(before, n, selected)
         return after, after.token_B
 
+    if not num_draft:
+        return state.token_B[:, None], state.cache
     drafting = _Drafting(state.cache, state.sampling, state.token_B, state.tail_BD[:, None].astype(model.dtype))
     chain, selected = [state.token_B[None]], None
-    if num_draft and model.config.index_share_for_mtp_iteration:  # all read what the first one selects
+    if model.config.index_share_for_mtp_iteration:  # all read what the first one selects
         drafting, selected = draft(drafting, 0)
         chain.append(drafting.token_B[None])
     drafting, token_TB = lax.scan(next_draft, drafting, jnp.arange(len(chain) - 1, num_draft, dtype=jnp.int32))
