@@ -1,18 +1,43 @@
-"""Where compiled programs are kept between processes: JAX's persistent compilation cache, set up so that it keeps them all.
+"""Where compiled programs are kept between processes, so that the next start is quick.
 
-JAX by itself keeps nothing, and once told where, only what took a second to compile; of an engine's programs on small
-models, that is few. The library writes nowhere unasked; the commands of the terminal keep programs in the user's cache.
+There are two layers in one folder. JAX's persistent compilation cache, set up so that it keeps everything, spares compiling:
+JAX by itself keeps nothing, and once told where, only what took a second; of an engine's programs on small models, that is
+few. It is found by a program's text, so a start still traces every program to find it. What `compiled` keeps spares that,
+too: whole executables, found by all that the text is made of, the source of this package included.
+
+The library writes nowhere unasked; the commands of the terminal keep programs in the user's cache.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import logging
 import os
+import pickle
+import platform
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
+from glmjax.pallas import dispatch
+
 _EVERYTHING = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+_FOLDER = "executables"
+_DISUSED_SECONDS = 7 * 24 * 3600.0
+"""After which executables of other sources or another machine are removed."""
+_LOG = logging.getLogger(__name__)
+_asked = False  # whether this process keeps programs; like JAX's cache, it is the process's
+_thread = threading.local()  # .loaded: whether JAX's cache had the program that was compiled last
 
 
 def compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
@@ -33,6 +58,7 @@ def compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         OSError: it cannot be made.
     """
+    global _asked
     before = jax.config.jax_compilation_cache_dir
     if folder is None and before is not None:
         path = before
@@ -46,4 +72,94 @@ def compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
     for name, value in _EVERYTHING.items():
         if name.upper() not in os.environ:
             jax.config.update(name, value)
+    if not _asked:
+        jax.monitoring.register_event_listener(_listen)
+    _asked = True
     return Path(path)
+
+
+def compiled(lower: Callable[[], jax.stages.Lowered], *identity: Any) -> jax.stages.Compiled:
+    """An executable that was kept, else a new one, which is kept where `compilation_cache` was asked for.
+
+    It is found by `identity` and by what every program depends on: the source of this package, versions, the devices,
+    JAX's settings and XLA's. So the program must be made by this package alone. Of what JAX's cache had there is none.
+
+    Args:
+        lower: traces the program.
+        identity: all that its text depends on beside: values whose `repr` tells them apart.
+    """
+    if not _asked or jax.config.jax_compilation_cache_dir is None:
+        return lower().compile()
+    folder = Path(jax.config.jax_compilation_cache_dir) / _FOLDER / _surroundings()
+    path = folder / hashlib.sha256(repr(identity).encode()).hexdigest()
+    try:
+        program = serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+        os.utime(folder)  # it is in use
+        return program
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # whatever is in the file: it is only a copy
+        _LOG.warning("a kept program is of no use (%s: %s); compiling it again", type(error).__name__, error)
+    _thread.loaded = False
+    program = lower().compile()
+    if _thread.loaded:  # XLA for CPUs forgets functions of what it has loaded: a copy of a copy does not run
+        return program
+    try:
+        _write(path, pickle.dumps(serialize_executable.serialize(program)))
+    except (OSError, ValueError, NotImplementedError) as error:  # a full disk, a device that cannot
+        _LOG.warning("a program could not be kept (%s: %s)", type(error).__name__, error)
+    return program
+
+
+def described(tree: Any) -> str:
+    """The structure of a tree of arrays, their shapes, dtypes and shardings: what a program sees of its arguments."""
+    leaves, structure = jax.tree.flatten(tree)
+    return f"{structure} {[(jax.typeof(leaf), getattr(leaf, 'sharding', None)) for leaf in leaves]}"
+
+
+def _listen(event: str, **_: Any) -> None:
+    """Of JAX's monitoring, in the thread that compiles."""
+    if event == "/jax/compilation_cache/cache_hits":
+        _thread.loaded = True
+
+
+def _surroundings() -> str:
+    """What every program depends on, as a name."""
+    names = sorted(name for name in jax.config.values if not name.startswith(("jax_compilation", "jax_persistent")))
+    settings = {name: getattr(jax.config, name, None) for name in names}
+    variables = {name: os.environ[name] for name in sorted(os.environ) if name.startswith(("XLA_", "GLMJAX_"))}
+    devices = [(device.platform, device.device_kind, device.client.platform_version) for device in jax.devices()]
+    everything = (_source(), _machine(), settings, variables, devices, dispatch.current())
+    return hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _source() -> str:
+    """Of this package, and the versions of what it calls."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256(repr([version(name) for name in ("jax", "jaxlib", "flax", "numpy")]).encode())
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _machine() -> str:
+    """The processor: what is compiled for one may not run on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return " ".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of it or nothing, whoever writes beside; and remove what has not been used for long."""
+    if not path.parent.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for other in path.parent.parent.iterdir():
+            if other.stat().st_mtime < time.time() - _DISUSED_SECONDS:
+                shutil.rmtree(other, ignore_errors=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)

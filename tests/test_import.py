@@ -12,7 +12,7 @@ import glmjax
 
 PACKAGE = Path(glmjax.__file__).parent
 LAYERS = ("pallas", "model", "mesh", "serving")  # each may import itself and those before it
-BESIDE = {"serving": ("glm", "speculation", "nano")}  # libraries that a layer builds on
+BESIDE = {"serving": ("glm", "kept_programs", "speculation", "nano")}  # libraries that a layer builds on
 ABOVE_MODEL = (
     "decoding",
     "kept_programs",

@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from glmjax.kept_programs import compilation_cache
+from glmjax import kept_programs
+from glmjax.kept_programs import compilation_cache, described
+from glmjax.pallas import dispatch
 
 ROOT = Path(__file__).parents[1]
 START = """
@@ -50,13 +54,55 @@ def first(tmp_path_factory):
     return folder, start(folder)
 
 
-def test_a_second_start_compiles_nothing(first):
+def test_a_second_start_neither_compiles_nor_traces_the_engines_programs(first):
     folder, before = first
     after = start(folder)
     assert after["ids"] == before["ids"]
     assert before["cache_misses"] >= before["programs"]
-    assert after["compile_requests_use_cache"] == after["cache_hits"] >= after["programs"]
     assert "cache_misses" not in after
+    assert after["compile_requests_use_cache"] <= before["compile_requests_use_cache"] - before["programs"]
+
+
+def test_what_is_lost_or_broken_is_found_in_jaxs_cache(first, tmp_path):
+    folder, before = first
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    kept = [path for path in (copy / "executables").rglob("*") if path.is_file()]
+    assert len(kept) == before["programs"]
+    kept[0].unlink()
+    kept[1].write_bytes(b"no program")
+    after = start(str(copy))
+    assert after["ids"] == before["ids"]
+    assert "cache_misses" not in after
+    # What JAX has loaded is not kept again: it would not run.
+    assert not kept[0].exists()
+    assert kept[1].read_bytes() == b"no program"
+
+
+def test_other_sources_or_kernels_are_another_place():
+    ours = kept_programs._surroundings()
+    assert kept_programs._surroundings() == ours
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_programs, "_source", lambda: "edited")
+        assert kept_programs._surroundings() != ours
+    with dispatch.implementation("mosaic"):
+        assert kept_programs._surroundings() != ours
+
+
+def test_a_program_is_told_apart_by_all_it_is_made_of():
+    array = np.zeros((2, 3), np.float32)
+    told = {described(tree) for tree in ([array], (array,), [array, array], [array.astype(np.int32)], [array[0]])}
+    assert len(told) == 5
+    assert described([array + 1]) in told
+
+
+def test_what_nobody_uses_for_long_goes(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    new.mkdir()
+    os.utime(old, (0, 0))
+    kept_programs._write(tmp_path / "now" / "program", b"content")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "now"]
+    assert (tmp_path / "now" / "program").read_bytes() == b"content"
 
 
 # Where

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from glmjax.kept_programs import compiled, described
 from glmjax.model.sampling_params import SamplingParams, SamplingState
 from glmjax.serving import pages, slots
 from glmjax.serving.hooks import Hooks
@@ -42,6 +43,8 @@ class Programs:
         self._leaves, self._structure = jax.tree.flatten(model)
         self._most_rounds, self._most_retired, self._stop_ids = most_rounds, most_retired, stop_ids
         self._hooks = hooks
+        # What others have written is not told apart by its `repr`, so it is not kept.
+        self._foreign = hooks is not None or not type(model).__module__.startswith("glmjax.")
         self._compiled: dict[Shape | str, Any] = {}
 
     def __len__(self) -> int:
@@ -70,7 +73,7 @@ class Programs:
         always = ("admit", "retire", *(("collect", "land") if offloads else ()))
         names = [name for name in dict.fromkeys((*always, *shapes)) if name not in self._compiled]
         with ThreadPoolExecutor(threads) as pool:
-            done = pool.map(lambda name: self._lowered(name, cache, state).compile(), names)
+            done = pool.map(lambda name: self._program(name, cache, state), names)
             bar = tqdm(done, "compiling programs", len(names), disable=not progress, leave=False)
             self._compiled |= zip(names, bar, strict=True)
 
@@ -118,33 +121,40 @@ class Programs:
         """A plan's batch as programs take it: without treatments where there are no hooks."""
         return dataclasses.replace(batch, hook_B=None) if self._hooks is None else batch
 
-    def _lowered(self, name: Shape | str, cache: PagedCache, state: Slots) -> Any:
+    def _program(self, name: Shape | str, cache: PagedCache, state: Slots) -> jax.stages.Compiled:
+        run, how, donated, arguments = self._parts(name, cache, state)
+        lower = functools.partial(self._lowered, name, cache, state)
+        return lower().compile() if self._foreign else compiled(lower, run.__name__, how, donated, described(arguments))
+
+    def _lowered(self, name: Shape | str, cache: PagedCache, state: Slots) -> jax.stages.Lowered:
+        run, how, donated, arguments = self._parts(name, cache, state)
+        return jax.jit(functools.partial(run, **how), donate_argnums=donated).lower(*arguments)
+
+    def _parts(self, name: Shape | str, cache: PagedCache, state: Slots) -> tuple[Any, ...]:
+        """Of a program: the function, what it knows beforehand, which arguments it takes for good, and what they look like."""
         if name == "admit":
             vocab = state.sampling.bias_BV.shape[1]
             idle = SamplingState.on_host([SamplingParams(temperature=0)], [()], vocab)
             one = np.array(0, np.int32)
-            return jax.jit(slots.admit, donate_argnums=0).lower(state, one, one, idle)
+            return slots.admit, {}, (0,), (state, one, one, idle)
         if name == "collect":
-            return jax.jit(pages.collect).lower(cache, *np.zeros((3, MOVED_PAGES), np.int32))
+            return pages.collect, {}, (), (cache, *np.zeros((3, MOVED_PAGES), np.int32))
         if name == "land":
             leased = np.zeros((2, MOVED_PAGES), np.int32)
             records, _ = jax.eval_shape(pages.collect, cache, *leased, leased[0])
-            return jax.jit(pages.land, donate_argnums=0).lower(cache, *leased, records)
+            return pages.land, {}, (0,), (cache, *leased, records)
         if name == "retire":
-            return jax.jit(pages.retire, donate_argnums=0).lower(cache, np.zeros(self._most_retired, np.int32))
+            return pages.retire, {}, (0,), (cache, np.zeros(self._most_retired, np.int32))
         batch = self._told(batch_of(name, (), (), self._most_retired, self._stop_ids))
+        how = {"structure": self._structure, "hooks": self._hooks}
         if name.kind == "read":
-            run, given = functools.partial(_read, self._structure, hooks=self._hooks), chunks_of(name, ())
+            run, given = _read, chunks_of(name, ())
         elif name.kind == "verify":
-            run, given = (
-                functools.partial(_verify, self._structure, hooks=self._hooks),
-                (np.zeros(name.batch, np.int32), guesses_of(name, ())),
-            )
+            run, given = _verify, (np.zeros(name.batch, np.int32), guesses_of(name, ()))
         else:
-            sizes = {"num_draft": name.width - 1, "most_rounds": self._most_rounds}
-            run = functools.partial(_decode, self._structure, hooks=self._hooks, **sizes)
-            given = np.zeros(name.batch, np.int32), np.array(1, np.int32)
-        return jax.jit(run, donate_argnums=(1, 2)).lower(self._leaves, cache, state, batch, given)
+            run, given = _decode, (np.zeros(name.batch, np.int32), np.array(1, np.int32))
+            how |= {"num_draft": name.width - 1, "most_rounds": self._most_rounds}
+        return run, how, (1, 2), (self._leaves, cache, state, batch, given)
 
 
 def _leased(move: Move) -> np.ndarray:
@@ -154,13 +164,13 @@ def _leased(move: Move) -> np.ndarray:
     return leased
 
 
-def _read(structure: Any, leaves: Any, cache: PagedCache, state: Slots, batch: Any, chunks: Any, **how: Any) -> Any:
+def _read(leaves: Any, cache: PagedCache, state: Slots, batch: Any, chunks: Any, *, structure: Any, **how: Any) -> Any:
     return read_chunks(jax.tree.unflatten(structure, leaves), cache, state, batch, chunks, **how)
 
 
-def _verify(structure: Any, leaves: Any, cache: PagedCache, state: Slots, batch: Any, given: Any, **how: Any) -> Any:
+def _verify(leaves: Any, cache: PagedCache, state: Slots, batch: Any, given: Any, *, structure: Any, **how: Any) -> Any:
     return verify_chain(jax.tree.unflatten(structure, leaves), cache, state, batch, *given, **how)
 
 
-def _decode(structure: Any, leaves: Any, cache: PagedCache, state: Slots, batch: Any, given: Any, **how: Any) -> Any:
+def _decode(leaves: Any, cache: PagedCache, state: Slots, batch: Any, given: Any, *, structure: Any, **how: Any) -> Any:
     return decode_rounds(jax.tree.unflatten(structure, leaves), cache, state, batch, *given, **how)
