@@ -130,6 +130,7 @@ class Engine:
         timeout: float | None = None,
         cache_salt: Hashable = None,
         use_cache: bool = True,
+        holdback: float | int = 0,
         hook: int = 0,
         template: Mapping[str, Any] | None = None,
         **fields: Any,
@@ -145,6 +146,8 @@ class Engine:
             timeout: seconds after which it is not worth going on.
             cache_salt: only requests of the same salt share cached prefixes.
             use_cache: whether to use cached prefixes and leave some.
+            holdback: tokens of each sequence that the stream keeps back until there are more, or it has ended; `math.inf` for
+                all. As long as nothing has been read of a sequence, an anomaly in it can be mended unseen.
             hook: a number other than 0 has the engine's hooks look at the request, and tells the patch its treatment.
                 What is captured comes with `Stream.captures`. What is cached is not read, so not captured: turn
                 `use_cache` off to capture all. Under a patch, only requests of one number share cached prefixes.
@@ -167,7 +170,7 @@ class Engine:
                 f"{asked.params.constraint} is given and grammars are off; set EngineConfig(grammars=True)"
             )
         now = time.monotonic()
-        stream = Stream(n, lambda: self._command(cancel))
+        stream = Stream(n, lambda: self._command(cancel), holdback)
         first = asked.params.seed or 0
         requests = [
             Request(

@@ -17,6 +17,8 @@ from glmjax.serving.stream import Chunk, Score
 
 MOST_REPLAYS = 3
 """Times that a request may lose its pages to faults before it fails."""
+MOST_RESTARTS = 1
+"""Times that a request may begin anew, unseen, because its output was garbled, before it fails: another replica may do better."""
 
 
 class Outcome:
@@ -175,12 +177,14 @@ class Outcome:
                 other.request.reason = "it shared pages with a garbled one"
                 running.suspect(other)
         request.suspects = frozenset()
-        if request.stream.take_back(request.index):
+        unseen = request.stream.take_back(request.index)
+        if unseen and request.restarts < MOST_RESTARTS:
             running.counts["restarts"] += 1
+            request.restarts += 1
             request.restart()
             sequence.leaving = Leaving.REPLAYED
         else:
-            self._abort(sequence, good, now)
+            self._abort(sequence, 0 if unseen else good, now)
 
     def _abort(self, sequence: Sequence, good: int, now: float) -> None:
         self._running.counts["aborts"] += 1

@@ -53,6 +53,7 @@ class Request:
         acceptance: how likely more of them are.
         preemptions: how often it has lost its pages to others.
         replays: how often it has lost them to a fault.
+        restarts: how often it has begun anew, since its output was garbled.
         rules: when it is suspicious.
         detector: of anomalies.
         suspects: pages it had when it became suspicious, until it is cleared.
@@ -87,6 +88,7 @@ class Request:
     acceptance: Acceptance = dataclasses.field(default_factory=Acceptance)
     preemptions: int = 0
     replays: int = 0
+    restarts: int = 0
     rules: AnomalyRules = dataclasses.field(default_factory=AnomalyRules)
     detector: Detector = dataclasses.field(init=False)
     suspects: frozenset[Lease] = frozenset()

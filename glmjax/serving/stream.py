@@ -113,19 +113,33 @@ class Result:
     statistics: Statistics
 
 
+@dataclasses.dataclass
+class _Kept:
+    """Chunks that are kept back, and how many tokens are in them."""
+
+    chunks: list[Chunk] = dataclasses.field(default_factory=list)
+    tokens: int = 0
+
+
 class Stream:
     """Chunks of a request's sequences, in the order in which they were made.
 
     Iterate with ``for`` in a thread or ``async for`` in an event loop; it ends when all sequences have. Whoever reads
     slowly keeps nobody waiting. To leave before the end, `cancel`.
 
+    What the reader has not seen the engine can take back. So who would rather wait than read what turns out wrong holds
+    tokens back.
+
     Args:
         sequences: n, how many there are.
         cancelled: what to call when the reader cancels.
+        holdback: tokens of a sequence that are kept back until there are more, or it has ended; `math.inf` for all.
     """
 
-    def __init__(self, sequences: int = 1, cancelled: Callable[[], None] = lambda: None):
+    def __init__(self, sequences: int = 1, cancelled: Callable[[], None] = lambda: None, holdback: float | int = 0):
         self._sequences, self._running, self._cancelled = sequences, sequences, cancelled
+        self._holdback = holdback
+        self._kept = {index: _Kept() for index in range(sequences)}  # of those of which nothing has been shown
         self._chunks: deque[Chunk] = deque()
         self._captured = [Pieces() for _ in range(sequences)]
         self._begun: set[int] = set()  # sequences of which a chunk has been read
@@ -138,8 +152,15 @@ class Stream:
         with self._changed:
             if self._error is not None:
                 return
-            self._chunks.append(chunk)
             self._running -= chunk.finish_reason is not None
+            if (kept := self._kept.get(chunk.index)) is None:
+                self._chunks.append(chunk)
+            else:
+                kept.chunks.append(chunk)
+                kept.tokens += len(chunk.ids)
+                if chunk.finish_reason is None and kept.tokens <= self._holdback:
+                    return
+                self._chunks.extend(self._kept.pop(chunk.index).chunks)
             self._wake()
 
     def capture(self, index: int, begin: int, captured: Any) -> None:
@@ -161,7 +182,7 @@ class Stream:
         return pieces.joined()
 
     def fail(self, error: BaseException) -> None:
-        """End all sequences with an error, which the reader meets after the chunks before it. For the engine."""
+        """End all sequences with an error, which the reader meets after what was shown before it. For the engine."""
         with self._changed:
             if self._running and self._error is None:
                 self._error = error
@@ -173,6 +194,7 @@ class Stream:
             if index in self._begun:
                 return False
             self._chunks = deque(chunk for chunk in self._chunks if chunk.index != index)
+            self._kept[index] = _Kept()
             self._captured[index] = Pieces()
             return True
 

@@ -255,6 +255,22 @@ def test_what_nobody_has_seen_is_generated_again():
     assert told(request) == expected(range(9), 40)
 
 
+def test_what_is_garbled_again_fails_unseen():
+    bench = Bench(dataclasses.replace(CONFIG, anomalies=ALWAYS), behind=0)
+    request = garbled(bench, seen=False)
+    while not bench.running.counts["restarts"]:
+        bench.step()
+    while not request.reply.ids:
+        bench.step()
+    request.reply.ids[0] = (request.reply.ids[0] + 1) % STOP
+    bench.running.suspect(bench.running.sequences[0])
+    bench.run()
+    assert bench.running.counts["restarts"] == bench.running.counts["aborts"] == 1
+    with pytest.raises(AnomalyError) as error:
+        next(request.stream)
+    assert error.value.good_tokens == 0
+
+
 def test_what_was_seen_ends_with_the_count_of_good_tokens():
     bench = Bench(dataclasses.replace(CONFIG, anomalies=ALWAYS), behind=0)
     request = garbled(bench, seen=True)
