@@ -103,7 +103,7 @@ class Generation:
         cache_dtype: jnp.dtype,
     ):
         self.prompt_ids = list(prompt_ids)
-        self._reply = Reply(stops, tokenizer, new_tokens, params.include_stop_str_in_output)
+        self._reply = Reply(stops, tokenizer, params, new_tokens)
         self._model, self._params, self._stops, self._tokenizer = model, params, stops, tokenizer
         self._new_tokens, self._cache_dtype = new_tokens, cache_dtype
         self._times: list[float] = []  # when it began, and each token came
@@ -160,7 +160,7 @@ class Generation:
         rows = min(_capacity(length + self._new_tokens), model.config.max_position_embeddings)
         cache = empty(model, rows, self._cache_dtype)
         tokens = self._tokenizer.vocab_size if self._tokenizer else None
-        state = SamplingState.from_params([params], [self.prompt_ids], vocab, tokens)
+        state = SamplingState.from_params([params], [self.prompt_ids], vocab, tokens, [self._stops.token_ids])
 
         chunk = min(_power_of_two(length, _SMALLEST_CHUNK), _LARGEST_CHUNK)
         for begin in range(0, length, chunk):

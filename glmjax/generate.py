@@ -39,6 +39,7 @@ class Arguments:
         chat: apply the checkpoint's chat template to the prompt.
         system: system message, with --chat.
         max_new_tokens: most tokens to generate.
+        min_new_tokens: do not end before so many.
         temperature: 0 is greedy.
         top_k: keep the k most likely tokens; 0 is off.
         top_p: keep the smallest set of tokens with this mass; 1 is off.
@@ -62,6 +63,7 @@ class Arguments:
     chat: bool = False
     system: str | None = None
     max_new_tokens: int = 256
+    min_new_tokens: int = _DEFAULTS.min_new_tokens
     temperature: float = _DEFAULTS.temperature
     top_k: int = _DEFAULTS.top_k
     top_p: float = _DEFAULTS.top_p

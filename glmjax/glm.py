@@ -233,7 +233,8 @@ class GLM:
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbits(32))
         ids = self.encode(prompt, **(template or {}))
-        room = self._check_length(len(ids), params.max_new_tokens or 1, limit) - len(ids)
+        least = max(params.max_new_tokens or 1, params.min_new_tokens)
+        room = self._check_length(len(ids), least, limit) - len(ids)
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; this model was loaded without one")
         stops = self.stops.extended(params.stop_token_ids, params.stop, params.ignore_eos)

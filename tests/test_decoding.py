@@ -266,6 +266,22 @@ def test_stop_token_ids_stop_even_where_eos_is_ignored(glm, endless):
     assert generation.ids == endless.ids[: at + 1]
 
 
+def test_stop_tokens_wait_for_the_least_length(glm, endless):
+    stops, at = (endless.ids[9], endless.ids[14]), first_at(endless.ids, 9)
+    least = run(glm, seed=11, stop_token_ids=stops, min_new_tokens=12)
+    assert least.ids[:at] == endless.ids[:at]
+    assert not set(least.ids[:12]).intersection(stops)
+    assert len(least.ids) > 12
+
+
+def test_stop_strings_wait_for_the_least_length(glm, endless):
+    early = run(glm, seed=11, stop=(endless.text[3],))
+    assert len(early.ids) < 8
+    late = run(glm, seed=11, stop=(endless.text[3],), min_new_tokens=len(endless.ids) - 1)
+    assert late.ids == endless.ids
+    assert late.text.startswith(endless.text[: len(early.text) + 1])
+
+
 @pytest.mark.parametrize("include", [False, True])
 def test_a_stop_string_across_tokens_stops(glm, endless, include):
     pieces = [glm.tokenizer.decode([token]) for token in endless.ids]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, StructTag, grammar_from
 
 from glmjax.model.sampling_params import SamplingParams
 from glmjax.model.stops import Stops
@@ -127,6 +127,12 @@ def words_of(vocab: int) -> int:
 
 def _text(name: str, given: Any) -> str:
     """In llguidance's words."""
+    if name == "choice":
+        if not given or "" in given:
+            raise ValueError(f"{given!r} must be texts that are not empty")
+        return grammar_from("choice", json.dumps(given))
+    if name == "structural_tag":
+        return StructTag.to_grammar(_tags(json.loads(given)), assume_special=False)
     if name != "json_schema":
         return grammar_from(name, given)
     schema = given if isinstance(given, Mapping) else json.loads(given)
@@ -134,3 +140,23 @@ def _text(name: str, given: Any) -> str:
         raise ValueError(f"{given!r} is no JSON object")
     own = "x-guidance" in schema
     return LLMatcher.grammar_from_json_schema(json.dumps(dict(schema)), defaults=None if own else _SPACING)
+
+
+def _tags(given: Any) -> list[StructTag]:
+    """Of structures that begin with triggers."""
+    try:
+        triggers, structures = given["triggers"], given["structures"]
+        tags = []
+        for structure in structures:
+            begin = structure["begin"]
+            trigger = next((trigger for trigger in triggers if trigger and begin.startswith(trigger)), None)
+            if trigger is None:
+                raise ValueError(f"{begin!r} begins with none of the triggers {triggers!r}; add one")
+            tags.append(StructTag(trigger=trigger, begin=begin, grammar=structure["schema"], end=structure["end"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'{given!r} lacks {error}; give {{"structures": [{{"begin", "schema", "end"}}], "triggers": […]}}'
+        ) from error
+    if not tags:
+        raise ValueError("it has no structures; leave it out")
+    return tags

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from glmjax.model.grammar import Matcher
+from glmjax.model.sampling_params import SamplingParams
 from glmjax.model.stops import StopMatcher, Stops
 from glmjax.model.tokenizer import Tokenizer
 
@@ -13,8 +14,8 @@ class Reply:
     Args:
         stops: the model's and the request's.
         tokenizer: for the text, or None.
+        params: how many tokens there must be before a stop string counts, and whether it stays at the end of the text.
         new_tokens: most tokens to take.
-        include_stop: leave a stop string at the end of the text.
         matcher: of its grammar, from now on the reply's own; or None.
 
     Attributes:
@@ -30,8 +31,8 @@ class Reply:
         self,
         stops: Stops,
         tokenizer: Tokenizer | None,
+        params: SamplingParams,
         new_tokens: int,
-        include_stop: bool = False,
         matcher: Matcher | None = None,
     ):
         self.ids: list[int] = []
@@ -39,8 +40,8 @@ class Reply:
         self.finish_reason: str | None = None
         self.matched: int | str | None = None
         self.matcher = matcher
-        self._stops, self._new_tokens = stops, new_tokens
-        self._strings = StopMatcher(stops.strings, include_stop)
+        self._stops, self._least, self._new_tokens = stops, params.min_new_tokens, new_tokens
+        self._strings = StopMatcher(stops.strings, params.include_stop_str_in_output)
         self._detokenizer = tokenizer.detokenizer() if tokenizer else None
 
     def push(self, token: int) -> str:
@@ -56,7 +57,9 @@ class Reply:
             self.matcher.push(token)
         stops, full = token in self._stops.token_ids, len(self.ids) == self._new_tokens
         over = self.matcher is not None and self.matcher.ended
-        text, stop = self._strings.push(self._detokenizer.push(token) if self._detokenizer and not stops else "")
+        text, stop = self._detokenizer.push(token) if self._detokenizer and not stops else "", None
+        if len(self.ids) > self._least or full:
+            text, stop = self._strings.push(text)
         if (stops or over or full) and stop is None and self._detokenizer:
             tail, stop = self._strings.push(self._detokenizer.flush())
             text += tail + self._strings.flush()

@@ -99,9 +99,15 @@ def sample(logits_BV: Float[Array, "B V"], state: SamplingState, position_B: Int
 
 
 def noisy(logits_BV: Float[Array, "B V"], state: SamplingState, position_B: Int[Array, "B"]) -> Float32[Array, "B V"]:
-    """What `sample` takes the largest of."""
+    """What `sample` takes the largest of.
+
+    Tokens that end a sequence are barred before its least length, unless nothing else is left: a grammar may be at its end.
+    """
     barred_BV = state.bias_BV == -jnp.inf  # added to a logit, it would be bounded as every other bias is
-    processed_BV = process(jnp.where(barred_BV, -jnp.inf, logits_BV), state)
+    logits_BV = jnp.where(barred_BV, -jnp.inf, logits_BV)
+    going_on_BV = jnp.where(state.ends_BV & (position_B < state.least_B)[:, None], -jnp.inf, logits_BV)
+    goes_on_B = jnp.any(going_on_BV > -jnp.inf, axis=1)
+    processed_BV = process(jnp.where(goes_on_B[:, None], going_on_BV, logits_BV), state)
     greedy_B = state.temperature_B == 0
 
     def with_noise() -> jax.Array:

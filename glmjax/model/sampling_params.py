@@ -3,7 +3,7 @@
 Letters: B slots, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -35,12 +35,13 @@ _RANGES: dict[str, _Range] = {
     "repetition_penalty": _Range(_SMALLEST, _LARGEST, "use 1 to turn it off, more than 1 to discourage repetition"),
     "frequency_penalty": _Range(-2.0, 2.0, "use 0 to turn it off"),
     "presence_penalty": _Range(-2.0, 2.0, "use 0 to turn it off"),
+    "min_new_tokens": _Range(0, 2**31 - 1, "use 0 to let it end at once"),
     "max_new_tokens": _Range(1, 2**31 - 1, "use None to generate to the end of the context"),
     "seed": _Range(0, 2**32 - 1, "use None for a random one"),
     "logprobs": _Range(0, MAX_LOGPROBS, "use None for no logprobs, 0 for those of the emitted tokens alone"),
 }
 _OPTIONAL = ("max_new_tokens", "seed", "logprobs")
-_CONSTRAINTS = ("json_schema", "regex", "grammar")
+_CONSTRAINTS = ("json_schema", "regex", "grammar", "choice", "structural_tag")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class SamplingParams:
 
     Attributes:
       max_new_tokens: Most tokens to generate; None goes to the end of the context.
+      min_new_tokens: Before so many tokens no token that ends the sequence is drawn, unless a grammar allows no other, and
+        stop strings are not looked for.
       temperature: Logits are divided by it; 0 is greedy (a value below float32's smallest normal number counts as 0).
       top_k: Keep the k most likely tokens; 0 or -1 is off, more than the vocabulary keeps all.
       top_p: Keep the smallest set of most likely tokens whose mass reaches it; 1 is off.
@@ -69,9 +72,13 @@ class SamplingParams:
         `json.dumps`, unless the schema has an "x-guidance" of its own: {"whitespace_flexible": true} allows any space.
       regex: Write text that all of this regular expression matches.
       grammar: Write text of this grammar, in Lark's notation or as EBNF (GBNF).
+      choice: Write one of these texts.
+      structural_tag: Write what one likes, but where a trigger appears, go on as its tag says: JSON of "structures", each with
+        "begin", "schema" and "end", and of "triggers", with one of which every "begin" begins (vLLM's and SGLang's).
     """
 
     max_new_tokens: int | None = None
+    min_new_tokens: int = 0
     temperature: float | int = 1.0
     top_k: int = 0
     top_p: float | int = 1.0
@@ -89,6 +96,8 @@ class SamplingParams:
     json_schema: Mapping[str, Any] | str | None = field(default=None, hash=False)
     regex: str | None = None
     grammar: str | None = None
+    choice: tuple[str, ...] | None = None
+    structural_tag: str | None = None
 
     @property
     def constraint(self) -> str | None:
@@ -124,6 +133,10 @@ class SamplingParams:
             raise ValueError(f"stop {self.stop!r} is a single string, not a tuple of them; use ({self.stop!r},)")
         if "" in self.stop:
             raise ValueError(f"stop {self.stop!r} has an empty string, which matches everywhere; leave it out")
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}; lower it"
+            )
         given = [name for name in _CONSTRAINTS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; a text follows one of them")
@@ -144,6 +157,8 @@ class SamplingState:
       presence_B: float32 [B]; 0 is off.
       seed_B: uint32 [B].
       bias_BV: float32 [B, V], added to the logits.
+      ends_BV: bool [B, V], the token ends the sequence.
+      least_B: int32 [B], the position before which none of these is drawn.
       prompt_BV: bool [B, V], the token occurs in the prompt.
       counts_BV: int32 [B, V], occurrences of the token in the output.
     """
@@ -157,6 +172,8 @@ class SamplingState:
     presence_B: Float32[Array, "B"]
     seed_B: UInt32[Array, "B"]
     bias_BV: Float32[Array, "B V"]
+    ends_BV: Bool[Array, "B V"]
+    least_B: Int32[Array, "B"]
     prompt_BV: Bool[Array, "B V"]
     counts_BV: Int32[Array, "B V"]
 
@@ -167,6 +184,7 @@ class SamplingState:
         prompts: Sequence[Sequence[int] | np.ndarray],
         vocab: int,
         tokens: int | None = None,
+        ends: Sequence[Collection[int]] | None = None,
     ) -> "SamplingState":
         """State of slots that have emitted nothing yet; an idle slot is `SamplingParams(temperature=0)` and `()`.
 
@@ -175,11 +193,12 @@ class SamplingState:
           prompts: Each slot's prompt token ids, for the repetition penalty.
           vocab: V, the width of the logits.
           tokens: how many of them the tokenizer has; the rest is padding of the head and never sampled. Default all.
+          ends: what ends each sequence, for those with `min_new_tokens`; default nothing.
 
         Raises:
           ValueError: a parameter is out of range, a seed is missing, or a prompt id is outside the vocabulary.
         """
-        return jax.tree.map(jnp.asarray, cls.on_host(params, prompts, vocab, tokens))
+        return jax.tree.map(jnp.asarray, cls.on_host(params, prompts, vocab, tokens, ends))
 
     @classmethod
     def on_host(
@@ -188,13 +207,14 @@ class SamplingState:
         prompts: Sequence[Sequence[int] | np.ndarray],
         vocab: int,
         tokens: int | None = None,
+        ends: Sequence[Collection[int]] | None = None,
     ) -> "SamplingState":
         """As `from_params`, in NumPy's arrays: what a program takes as it is."""
         if len(params) != len(prompts):
             raise ValueError(f"{len(params)} sampling params but {len(prompts)} prompts; give one prompt per slot")
         slots = len(params)
         bias_BV = np.zeros((slots, vocab), np.float32)
-        prompt_BV = np.zeros((slots, vocab), bool)
+        prompt_BV, ends_BV = np.zeros((2, slots, vocab), bool)
         for slot, (asked, prompt) in enumerate(zip(params, prompts, strict=True)):
             asked.validate(vocab)
             if asked.seed is None and asked.temperature > 0:
@@ -211,6 +231,8 @@ class SamplingState:
             prompt_BV[slot, ids] = True
             for token, bias in asked.logit_bias.items():
                 bias_BV[slot, token] = bias
+            if ends is not None and asked.min_new_tokens:
+                ends_BV[slot, [token for token in ends[slot] if token < vocab]] = True
         bias_BV[:, vocab if tokens is None else tokens :] = -np.inf
 
         def floats(name: str) -> np.ndarray:
@@ -228,6 +250,8 @@ class SamplingState:
             "presence_B": floats("presence_penalty"),
             "seed_B": np.array([p.seed or 0 for p in params], np.uint32),
             "bias_BV": bias_BV,
+            "ends_BV": ends_BV,
+            "least_B": np.array([len(i) + p.min_new_tokens for i, p in zip(prompts, params, strict=True)], np.int32),
             "prompt_BV": prompt_BV,
             "counts_BV": np.zeros((slots, vocab), np.int32),
         }

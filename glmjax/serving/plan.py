@@ -25,6 +25,7 @@ class Admission:
         params: how the request is sampled.
         prompt: its tokens.
         emitted: tokens it has emitted before, which penalties count.
+        ends: tokens that end it.
     """
 
     slot: int
@@ -32,6 +33,7 @@ class Admission:
     params: SamplingParams
     prompt: tuple[int, ...]
     emitted: tuple[int, ...]
+    ends: tuple[int, ...] = ()
 
     def sampling(self, vocab: int, tokens: int | None) -> SamplingState:
         """What the slot begins with, on the host.
@@ -40,7 +42,7 @@ class Admission:
             vocab: V.
             tokens: how many of them the tokenizer has, or None for all.
         """
-        state = SamplingState.on_host([self.params], [self.prompt], vocab, tokens)
+        state = SamplingState.on_host([self.params], [self.prompt], vocab, tokens, [self.ends])
         np.add.at(state.counts_BV[0], np.array(self.emitted, np.int64), 1)
         return state
 

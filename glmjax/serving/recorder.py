@@ -204,7 +204,8 @@ def _resumed(sequence: Sequence, unread: Several[Flight]) -> Resumed:
     rows = max(sequence.rows, sequence.landed)
     begun = sequence.begun and not any(_draws(flight, request.number) for flight in unread)
     before = ids[len(request.prompt) : rows] if begun else () if sequence.expected else tuple(request.reply.ids)
-    admission = Admission(sequence.slot, sequence.generation, request.params, tuple(request.prompt), before)
+    prompt = tuple(request.prompt)
+    admission = Admission(sequence.slot, sequence.generation, request.params, prompt, before, request.ends)
     filled = Filled(ids[:rows], tuple(sequence.leases), request.hook)
     return Resumed(admission, filled, ids[rows] if begun else None)
 
@@ -266,8 +267,8 @@ def _arrays(kind: Any, of: dict[str, Any] | None, rows: Mapping[str, bytes] | No
 def _admission(of: dict[str, Any]) -> Admission:
     params = {name: tuple(value) if isinstance(value, list) else value for name, value in of["params"].items()}
     params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
-    prompt, emitted = tuple(of["prompt"]), tuple(of["emitted"])
-    return Admission(of["slot"], of["generation"], SamplingParams(**params), prompt, emitted)
+    tokens = (tuple(of[name]) for name in ("prompt", "emitted", "ends"))
+    return Admission(of["slot"], of["generation"], SamplingParams(**params), *tokens)
 
 
 def _move(of: dict[str, Any]) -> Move:

@@ -99,10 +99,14 @@ class Request:
 
     def restart(self) -> None:
         """Nothing has been emitted."""
-        include = self.params.include_stop_str_in_output
         matcher = self.matcher and self.matcher.at(0)
-        self.reply = Reply(self.stops, self.tokenizer, self.new_tokens, include, matcher)
+        self.reply = Reply(self.stops, self.tokenizer, self.params, self.new_tokens, matcher)
         self.detector = Detector(self.rules)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end it."""
+        return tuple(sorted(self.stops.token_ids))
 
     @property
     def ids(self) -> list[int]:

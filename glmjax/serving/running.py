@@ -150,7 +150,7 @@ class Running:
                 self.counts["prompt_tokens"] += len(request.prompt)
                 self._count_cached(request, rows)
             emitted = tuple(request.reply.ids[len(expected) :])
-            yield Admission(slot, self._generations[slot], request.params, tuple(request.prompt), emitted)
+            yield Admission(slot, self._generations[slot], request.params, tuple(request.prompt), emitted, request.ends)
 
     def _follow(self, sequence: Sequence) -> None:
         """Find who is reading most of what a sequence would read: nobody reads it twice."""

@@ -322,6 +322,17 @@ def test_a_row_gets_the_same_token_alone_and_in_any_slot_of_any_batch(asked, pro
         assert token[0] == token_B[slot]
 
 
+def test_what_ends_a_sequence_is_not_drawn_before_its_least_length_unless_nothing_else_is_left():
+    asked = params(temperature=0, min_new_tokens=3), params(temperature=0, min_new_tokens=3), params(temperature=0)
+    state = SamplingState.from_params(asked, [(1, 2)] * 3, V, ends=[(7, 9), (7, 9), (7, 9)])
+    logits_BV = np.zeros((3, V), np.float32)
+    logits_BV[:, 7], logits_BV[:, 9], logits_BV[:, 4] = 3, 2, 1
+    logits_BV[1, [v for v in range(V) if v not in (7, 9)]] = -INF  # as under a grammar that is at its end
+    for position in range(2, 8):
+        drawn_B = np.asarray(sample_jit(logits_BV, state, np.full(3, position, np.int32)))
+        assert drawn_B.tolist() == [4 if position < 5 else 7, 7, 7]
+
+
 def test_greedy_slots_ignore_noise_and_ties_go_to_the_lowest_id():
     state = state_of(params(temperature=0, seed=None), params(temperature=0), params(seed=1), vocab=4)
     logits_BV = jnp.asarray([[1.0, 3.0, 3.0, 0.0], [0.0] * 4, [0.0] * 4])
@@ -475,6 +486,12 @@ def test_ids_biases_and_stop_strings_are_checked(asked, message):
     with pytest.raises(ValueError) as refused:
         SamplingParams(**asked).validate(V)
     assert message in str(refused.value)
+
+
+def test_fewer_tokens_than_the_least_are_refused():
+    with pytest.raises(ValueError, match="min_new_tokens 9 exceeds max_new_tokens 8; lower it"):
+        params(min_new_tokens=9, max_new_tokens=8).validate(V)
+    params(min_new_tokens=8, max_new_tokens=8).validate(V)
 
 
 def test_a_bare_stop_string_is_refused():

@@ -106,6 +106,16 @@ def test_a_stop_token_ends_a_request(engine):
     assert result.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("least", [1, 8, 20])
+def test_no_stop_token_comes_before_the_least_length(engine, least):
+    stops = tuple(range(0, 16, 3))  # of a vocabulary of 16
+    fields = SAMPLED | {"min_new_tokens": least, "stop_token_ids": stops}
+    [result] = engine.generate(prompt(9), **fields).finish()
+    assert list(result.ids) == alone(prompt(9), **fields)
+    assert not set(result.ids[:least]).intersection(stops)
+    assert least <= len(result.ids) <= 20
+
+
 def test_the_first_token_may_be_the_last(engine):
     ids = alone(prompt(9), **SAMPLED)
     [one] = engine.generate(prompt(9), **SAMPLED | {"max_new_tokens": 1}).finish()

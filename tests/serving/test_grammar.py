@@ -208,6 +208,28 @@ def test_all_of_a_text_matches_its_regular_expression(engine, regex):
     assert re.fullmatch(regex, result.text)
 
 
+def test_one_of_several_texts_is_chosen(engine):
+    texts = ("yes", "no", 'a "quoted"\nline')
+    chosen = {one(engine, choice=texts, seed=seed).text for seed in range(12)}
+    assert chosen <= set(texts)
+    assert len(chosen) > 1
+
+
+def test_behind_a_trigger_its_tag_is_obeyed(engine):
+    tag = {"begin": "a=", "schema": {"type": "integer", "minimum": 10, "maximum": 99}, "end": ";"}
+    asked = json.dumps({"structures": [tag], "triggers": ["a"]})
+    likely = {glm().tokenizer.token_id("a"): 4.0}
+    text = one(engine, structural_tag=asked, logit_bias=likely, min_new_tokens=90).text
+    pieces = text.split("a")[1:]
+    assert len(pieces) > 1
+    assert all(re.match(r"=[1-9][0-9];", piece) for piece in pieces[:-1])
+
+
+def test_a_least_length_does_not_go_on_where_nothing_may_follow(engine):
+    result = one(engine, choice=("ab",), min_new_tokens=10)
+    assert (result.text, result.finish_reason) == ("ab", "stop")
+
+
 @pytest.mark.parametrize(
     "grammar",
     ['start: "(" (start | DIGIT) ")"\nDIGIT: /[0-9]/', 'root ::= "(" (root | [0-9]) ")"'],
@@ -418,6 +440,12 @@ def test_a_grammar_that_cannot_be_followed_fails_its_own_request_only(engine):
         ({"json_schema": {"not": {"type": "string"}}}, "Unimplemented keys"),
         ({"json_schema": "{nope"}, "Expecting property name"),
         ({"json_schema": "[]"}, "no JSON object"),
+        ({"choice": ()}, "must be texts that are not empty"),
+        ({"choice": ("a", "")}, "must be texts that are not empty"),
+        ({"structural_tag": "[]"}, "lacks list indices"),
+        ({"structural_tag": '{"triggers": [], "structures": []}'}, "has no structures"),
+        ({"structural_tag": '{"triggers": ["<b>"], "structures": [{"begin": "<a>"}]}'}, "begins with none"),
+        ({"structural_tag": '{"triggers": ["<"], "structures": [{"begin": "<a>", "schema": {}}]}'}, "lacks 'end'"),
         ({"json_schema": {}, "regex": "a"}, "json_schema and regex are given"),
     ],
     ids=str,
