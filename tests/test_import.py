@@ -11,8 +11,11 @@ import pytest
 import glmjax
 
 PACKAGE = Path(glmjax.__file__).parent
-LAYERS = ("pallas", "model", "mesh", "serving")  # each may import itself and those before it
-BESIDE = {"serving": ("glm", "kept_programs", "speculation", "nano")}  # libraries that a layer builds on
+LAYERS = ("pallas", "model", "mesh", "serving", "worker")  # each may import itself and those before it
+BESIDE = {  # libraries that a layer builds on
+    "serving": ("glm", "kept_programs", "speculation", "nano"),
+    "worker": ("glm", "kept_programs", "nano"),
+}
 ABOVE_MODEL = (
     "decoding",
     "kept_programs",
@@ -22,6 +25,7 @@ ABOVE_MODEL = (
     "evaluation",
     "mesh",
     "serving",
+    "worker",
 )  # libraries; every other module is an entry point
 
 

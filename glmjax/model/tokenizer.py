@@ -108,6 +108,11 @@ class Tokenizer:
             self._check(token)
         return self.raw.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    @cached_property
+    def longest(self) -> int:
+        """Of all tokens, the most characters that one stands for, or more: no text of n times as many fits n tokens."""
+        return max(map(len, self.raw.get_vocab()), default=1)
+
     def token_id(self, text: str) -> int | None:
         """The id of the token written exactly `text` (`"<|user|>"`), or None."""
         return self.raw.token_to_id(text)

@@ -6,6 +6,7 @@ reads the log of the last one, so that the device does not wait for the host.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -26,6 +27,7 @@ from glmjax.serving.compiled import Programs
 from glmjax.serving.config import EngineConfig
 from glmjax.serving.drafting import Acceptance
 from glmjax.serving.errors import ClosedError, UnavailableError
+from glmjax.serving.events import Batch, CacheEvents
 from glmjax.serving.faults import Faults
 from glmjax.serving.hooks import Hooks
 from glmjax.serving.offload import Move, Offload
@@ -71,6 +73,9 @@ class Engine:
         progress: whether to show a bar while programs are compiled.
         hooks: what researchers look at or change in layers, of requests that choose it; None for nothing.
 
+    Attributes:
+        events: what comes into the prefix tree and leaves it.
+
     Raises:
         ValueError: the configuration does not fit the model, which may be unable to follow grammars.
     """
@@ -96,7 +101,8 @@ class Engine:
         if self.config.offload_bytes:
             size = self.config.page_size
             self._offload = Offload(self.config.offload_bytes, size, self._faults, self._wake)
-        self._running = Running(self.config, self.pages, self._offload, self._faults)
+        self.events = CacheEvents()
+        self._running = Running(self.config, self.pages, self._offload, self._faults, self.events)
         self._recorder = Recorder(self.pages, self.config.recorded_dispatches)
         self._scheduler = Scheduler(self.config, shapes, self._running)
         exact = glm.weights.dtype == glm.kv_cache_dtype == jnp.float32
@@ -248,16 +254,23 @@ class Engine:
             "versioned": self._faults.versioned,
             "hooks": self.hooks is not None,
         }
-        saved = Future()
+        self._asked(lambda: self._recorder.save(Path(path), header))
 
-        def save(_: float) -> None:
-            try:
-                saved.set_result(self._recorder.save(Path(path), header))
-            except OSError as error:
-                saved.set_exception(error)
+    def cached(self) -> Batch:
+        """What is in the prefix tree now, as events; those that follow it are `events.after` its number.
 
-        self._command(save)
-        saved.result()
+        Raises:
+            ClosedError: the engine has been closed.
+        """
+        return self._asked(lambda: self.events.everything(self._running.tree))
+
+    def flush(self) -> bool:
+        """Let go of all cached pages, unless requests wait or run; whether that was so.
+
+        Raises:
+            ClosedError: the engine has been closed.
+        """
+        return self._asked(self._running.flush)
 
     def close(self) -> None:
         """End: requests that are not finished fail as unavailable, and the cache is let go."""
@@ -265,6 +278,7 @@ class Engine:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
+        self.events.close()
         if self._offload is not None:
             self._offload.close()
         self._cache = self._slots = None
@@ -307,6 +321,23 @@ class Engine:
             self._commands.append(command)
             self._changed.notify_all()
 
+    def _asked[T](self, question: Callable[[], T]) -> T:
+        """What the engine's thread answers, before its next plan.
+
+        Raises:
+            ClosedError: it has ended.
+        """
+        answer: Future[T] = Future()
+
+        def reply(_: float) -> None:
+            try:
+                answer.set_result(question())
+            except Exception as error:
+                answer.set_exception(error)
+
+        self._command(reply)
+        return answer.result()
+
     def _wake(self) -> None:
         """Something that the engine's thread may be waiting for has happened."""
         with self._changed:
@@ -328,6 +359,9 @@ class Engine:
         finally:
             with self._changed:
                 self._closing = True
+            for command in self._commands:  # of those who asked before they could know
+                with contextlib.suppress(Exception):
+                    command(time.monotonic())
             text = "the engine was closed before the request was finished; send it to another replica"
             self._running.drop(UnavailableError(text), waiting=True)
 
@@ -369,6 +403,7 @@ class Engine:
         ahead = int(self.config.dispatch_ahead and plan is not None)
         while len(self._unread) > ahead:
             self._read()
+        self.events.publish()
         self._recorder.turn(self._running)
         if self.config.debug:
             self._running.check()

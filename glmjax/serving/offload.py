@@ -93,6 +93,13 @@ class Offload:
         self._moves = [(at, move) for at, move in self._moves if at > self._dispatches]
         return due
 
+    def forget(self) -> None:
+        """Let go of all records, those on their way included."""
+        self.begin()
+        self.flush()
+        with self._lock:
+            self._store.clear()
+
     def leave(self, evicted: Sequence[tuple[Prefix, Lease]]) -> None:
         """Have the next dispatch collect pages that the tree let go of, unless there are records of them."""
         with self._lock:

@@ -113,10 +113,8 @@ class Outcome:
         scores, wanted = (), request.params.logprobs
         if wanted is not None:
             scores = tuple(_score(log, b, begin + s, wanted) for s in range(len(ids)))
-        statistics = request.statistics(now) if reply.finish_reason else None
-        request.stream.put(
-            Chunk(tuple(ids), text, request.index, scores, reply.finish_reason, reply.matched, statistics)
-        )
+        end, statistics = reply.finish_reason, request.statistics(now)
+        request.stream.put(Chunk(tuple(ids), text, request.index, scores, end, reply.matched, statistics))
         return reply.finish_reason is not None
 
     def _count_rounds(self, sequence: Sequence, counts: list[int], drafts: int) -> None:

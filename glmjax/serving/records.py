@@ -102,6 +102,11 @@ class Store:
         if (record := self._records.pop(prefix, None)) is not None:
             self._size -= record.size
 
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._records.clear()
+        self._size = 0
+
 
 def split(records: PageRecords) -> list[PageRecords]:
     """Records of one page each, in NumPy."""

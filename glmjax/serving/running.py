@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from glmjax.serving.config import EngineConfig
 from glmjax.serving.drafting import Acceptance
 from glmjax.serving.errors import DeadlineError
+from glmjax.serving.events import CacheEvents
 from glmjax.serving.faults import Faults
 from glmjax.serving.offload import Loading, Move, Offload
 from glmjax.serving.plan import Admission
@@ -34,6 +35,7 @@ class Running:
         pages: G.
         offload: where pages go that the tree lets go of.
         faults: what happens to pages on their way.
+        events: what is told of the tree.
 
     Attributes:
         waiting: requests without a slot.
@@ -44,21 +46,29 @@ class Running:
         acceptance: of all requests' drafts lately.
     """
 
-    def __init__(self, config: EngineConfig, pages: int, offload: Offload | None = None, faults: Faults | None = None):
+    def __init__(
+        self,
+        config: EngineConfig,
+        pages: int,
+        offload: Offload | None = None,
+        faults: Faults | None = None,
+        events: CacheEvents | None = None,
+    ):
         self.waiting = Waiting(
             most=config.max_queued, most_of_client=config.max_queued_per_client, ageing=config.ageing_seconds
         )
         self.counts: Counter = Counter()
         self.acceptance = Acceptance()
         self._config, self._pages, self._size = config, pages, config.page_size
-        self._offload, self._faults = offload, faults or Faults(None)
+        self._offload, self._faults, self._events = offload, faults or Faults(None), events or CacheEvents()
         self._begin()
 
     def _begin(self) -> None:
         """With an empty cache."""
         self.sequences: list[Sequence] = []
         self.pool = Pool(self._pages)
-        self.tree = PrefixTree(self.pool, self._size)
+        self.tree = PrefixTree(self.pool, self._size, self._events)
+        self._events.cleared()
         self._free_slots = list(range(self._config.max_num_seqs - 1, -1, -1))
         self._generations = [0] * self._config.max_num_seqs
         self._retired: list[int] = []
@@ -117,6 +127,15 @@ class Running:
         self._begin()
 
     # Slots and pages
+
+    def flush(self) -> bool:
+        """Let go of all cached pages, in the host's memory, too, if nobody waits or runs; whether that was so."""
+        if self.busy:
+            return False
+        self.tree.clear()
+        if self._offload is not None:
+            self._offload.forget()
+        return True
 
     def admit(self, now: float) -> Iterator[Admission]:
         """Who waits, in turn, as long as there are slots, and pages for all that has to be read."""

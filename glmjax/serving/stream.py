@@ -82,7 +82,7 @@ class Chunk:
         scores: one for each token, where logprobs were asked for.
         finish_reason: "stop", "length" or "cancelled" on the last chunk, else None.
         matched: the stop token or string that ended it, or None: also where nothing more was allowed by the grammar.
-        statistics: on the last chunk.
+        statistics: how it has gone so far.
     """
 
     ids: tuple[int, ...]

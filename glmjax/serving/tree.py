@@ -6,7 +6,7 @@ import hashlib
 import heapq
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -51,6 +51,17 @@ class Node:
         self.used = 0
 
 
+@runtime_checkable
+class Watcher(Protocol):
+    """Is told of every page that comes and goes."""
+
+    def stored(self, node: Node) -> None:
+        """A page can be found; the one before it could before."""
+
+    def removed(self, node: Node) -> None:
+        """A page cannot be found any more; nor could the ones after it."""
+
+
 class PrefixTree:
     """Which pages hold what, for whoever begins with the same tokens.
 
@@ -60,10 +71,11 @@ class PrefixTree:
     Args:
         pool: of the pages.
         page_size: A, tokens of a page.
+        watcher: is told of every page; or None.
     """
 
-    def __init__(self, pool: Pool, page_size: int):
-        self._pool, self._page_size = pool, page_size
+    def __init__(self, pool: Pool, page_size: int, watcher: Watcher | None = None):
+        self._pool, self._page_size, self._watcher = pool, page_size, watcher
         self._roots: dict[Hashable, Node] = {}
         self._nodes: dict[Lease, Node] = {}
         self._clock = itertools.count(1)
@@ -120,6 +132,8 @@ class PrefixTree:
                 self._pool.share([lease])
                 child = node.children[key] = self._nodes[lease] = Node(lease, node, key, node.prefix.then(key))
                 new += 1
+                if self._watcher is not None:
+                    self._watcher.stored(child)
             path.append(child)
             node = child
         self._touch(path)
@@ -162,6 +176,14 @@ class PrefixTree:
     def clear(self) -> list[Lease]:
         """Let go of everything."""
         return self.remove([node.lease for root in list(self._roots.values()) for node in root.children.values()])
+
+    def nodes(self) -> Iterator[Node]:
+        """Its pages, each after the one before it."""
+        below = list(self._roots.values())
+        for node in below:
+            below.extend(node.children.values())
+            if node.lease is not None:
+                yield node
 
     def paths(self) -> Iterator[tuple[tuple[int, ...], tuple[Lease, ...], Hashable]]:
         """Tokens and pages from the beginning to each leaf, and its namespace."""
@@ -217,6 +239,8 @@ class PrefixTree:
     def _drop(self, node: Node) -> None:
         parent = node.parent
         del parent.children[node.key], self._nodes[node.lease]
+        if self._watcher is not None:
+            self._watcher.removed(node)
         self._pool.release([node.lease])
         if parent.lease is not None:
             self._wait(parent)

@@ -1,0 +1,211 @@
+"""A worker's life: the port is open at once, requests are taken once everything is compiled, and it leaves in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import grpc
+import jax
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from smg_grpc_proto import vllm_engine_pb2_grpc
+
+from glmjax.kept_programs import compilation_cache
+from glmjax.serving.engine import Engine
+from glmjax.worker.arguments import Arguments
+from glmjax.worker.protocol import SERVICE
+from glmjax.worker.service import Service
+
+_LOG = logging.getLogger(__name__)
+_MESSAGE_BYTES = 64 << 20
+_GRACE_SECONDS = 2.0
+"""For answers on their way, once nothing is under way any more."""
+_OPTIONS = (
+    ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MESSAGE_BYTES),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),  # a port that is taken is an error
+)
+_SERVING, _NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Worker:
+    """One worker.
+
+    Args:
+        arguments: its flags.
+        make_engine: what is served; it may take its time. Default what the flags say.
+
+    Attributes:
+        port: that it listens on, once it has started.
+        service: its calls.
+    """
+
+    def __init__(self, arguments: Arguments, make_engine: Callable[[], Engine] | None = None):
+        self._arguments, self._make_engine = arguments, make_engine or (lambda: engine_of(arguments))
+        self.service = Service(arguments.card(), arguments.stream_holdback)
+        self._server = grpc.aio.server(options=_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        self._leaving = asyncio.Event()
+        self._engine: Engine | None = None
+        self.port = 0
+
+    async def run(self) -> int:
+        """From the beginning to the end; the exit status: 0 after a signal, 1 where the engine has died.
+
+        Raises:
+            ValueError: the model cannot be served this way.
+            OSError: the port is taken, or the model is not there.
+        """
+        began = time.monotonic()
+        await self._listen()
+        with self._signals():
+            starting = _in_thread(self._make_engine)
+            leaving = asyncio.create_task(self._leaving.wait())
+            await asyncio.wait([starting, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                _LOG.warning("leaving before everything is compiled")
+                await self._server.stop(0)
+                return 0
+            try:
+                self._engine = starting.result()
+                self.service.serve(self._engine)
+                await self._health.set(SERVICE, _SERVING)
+                _LOG.info("ready after %.1f s", time.monotonic() - began)
+                await leaving
+            finally:
+                await self._drain()
+        return 0
+
+    def leave(self) -> None:
+        """Begin to drain."""
+        self._leaving.set()
+
+    async def _listen(self) -> None:
+        vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(self.service, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        await self._health.set("", _SERVING)
+        await self._health.set(SERVICE, _NOT_SERVING)
+        address = f"{self._arguments.host}:{self._arguments.port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}; give another --host or --port") from error
+        await self._server.start()
+        _LOG.info("listening on %s:%d", self._arguments.host, self.port)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # which alone can have any
+            yield
+            return
+        loop, names = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+
+        def asked() -> None:
+            if self._leaving.is_set():
+                _LOG.warning("a second signal: leaving at once")
+                for name in names:
+                    loop.remove_signal_handler(name)
+                signal.raise_signal(signal.SIGTERM)
+            self.leave()
+
+        for name in names:
+            loop.add_signal_handler(name, asked)
+        yield
+        for name in names:
+            loop.remove_signal_handler(name)
+
+    async def _drain(self) -> None:
+        """No new requests; those under way may end; then everything is closed."""
+        self.service.refuse("draining")
+        await self._health.enter_graceful_shutdown()
+        count, seconds = len(self.service.live), self._arguments.drain_seconds
+        _LOG.info("draining: %d requests under way, %.0f s for them", count, seconds)
+        if not await self.service.live.idle(seconds):
+            _LOG.warning("%d requests are not finished; they fail", len(self.service.live))
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.close)
+        await self._server.stop(_GRACE_SECONDS)
+        _LOG.info("closed")
+
+
+def _in_thread[T](make: Callable[[], T]) -> asyncio.Future[T]:
+    """What a function gives, run in a thread that nobody waits for when the process ends."""
+    loop, made = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+    def tell(result: T | None, error: Exception | None) -> None:
+        if not made.cancelled():
+            made.set_result(result) if error is None else made.set_exception(error)
+
+    def run() -> None:
+        try:
+            told = make(), None
+        except Exception as error:
+            told = None, error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(tell, *told)
+
+    threading.Thread(target=run, daemon=True).start()
+    return made
+
+
+def run(arguments: Arguments) -> int:
+    """Serve until a signal comes; the exit status.
+
+    Args:
+        arguments: of the worker.
+
+    Raises:
+        ValueError: the model cannot be served this way.
+        OSError: the port is taken, or the model is not there.
+    """
+
+    async def main() -> int:
+        return await Worker(arguments).run()
+
+    return asyncio.run(main())
+
+
+def engine_of(arguments: Arguments) -> Engine:
+    """The engine that flags ask for; loads and compiles.
+
+    Args:
+        arguments: of the worker.
+
+    Raises:
+        ValueError: it cannot be served this way.
+        OSError: the model is not there.
+    """
+    folder = compilation_cache(arguments.compilation_cache)
+    began = time.monotonic()
+    glm = arguments.model()
+    loaded = time.monotonic()
+    config = arguments.engine(glm, jax.default_backend() == "gpu")
+    engine = Engine(glm, config, progress=True)
+    stats = engine.stats()
+    _LOG.info(
+        "%s: loaded in %.1f s; %d programs in %.1f s, kept in %s",
+        arguments.card().served_model_name,
+        loaded - began,
+        stats.programs,
+        time.monotonic() - loaded,
+        folder,
+    )
+    _LOG.info(
+        "cache: %d pages of %d rows, sequences of up to %d tokens, %d at once, %d drafts a round",
+        stats.pages,
+        config.page_size,
+        engine.max_model_len,
+        config.max_num_seqs,
+        config.num_draft,
+    )
+    return engine

@@ -1,0 +1,211 @@
+"""vLLM's messages and what they mean here: requests into what an engine is asked, what it gives into responses.
+
+Pure functions of messages. proto3 does not tell a field that is 0 from one that was not set, so zeros mean what they do in
+vLLM's servicer: the default, where 0 makes no sense. Whatever cannot be served is refused by a `ValueError` that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from smg_grpc_proto import vllm_engine_pb2 as pb
+
+from glmjax.model.sampling_params import MAX_LOGPROBS, SamplingParams
+from glmjax.serving.stream import Chunk, Score, Statistics
+
+SERVICE = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
+
+MAX_N = 128
+"""Most sequences of a request (OpenAI's limit)."""
+MAX_STOPS, MAX_STOP_LENGTH = 64, 1024
+"""Stop strings of a request, and characters of each: every token's text is compared with all of them."""
+
+_FINISH_REASONS = {"stop": "stop", "length": "length", "cancelled": "abort"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a request asks for.
+
+    Attributes:
+        prompt: token ids, or text.
+        params: how to sample and when to stop; not validated yet.
+        n: sequences.
+        prompt_logprobs: alternatives to report at each token of the prompt; None for no logprobs of it.
+        keep: of the prompt, the last so many tokens; None for all, −1 for as many as fit.
+    """
+
+    prompt: list[int] | str
+    params: SamplingParams
+    n: int = 1
+    prompt_logprobs: int | None = None
+    keep: int | None = None
+
+
+def asked_of(request: pb.GenerateRequest) -> Asked:
+    """What a request asks for.
+
+    Raises:
+        ValueError: something that is not served, or that no request may ask for.
+    """
+    for name in ("mm_inputs", "media_refs", "kv_transfer_params"):
+        if request.HasField(name):
+            raise ValueError(f"{name} is set; this worker takes text and tokens, and decodes what it has read itself")
+    if request.extra_mm_inputs or request.kv_transfer_params_json:
+        raise ValueError("extra_mm_inputs or kv_transfer_params_json is set; leave them out")
+    if request.data_parallel_rank:
+        raise ValueError(f"data_parallel_rank {request.data_parallel_rank} is set and there is rank 0 alone")
+    kind = request.WhichOneof("input")
+    if kind is None:
+        raise ValueError("the request has no input; give tokenized or text")
+    prompt = request.text if kind == "text" else list(request.tokenized.input_ids)
+    if not prompt:
+        raise ValueError(f"{kind} is empty; give a token at least")
+    given = request.sampling_params
+    n = given.n or 1
+    if n > MAX_N:
+        raise ValueError(f"n {n} exceeds {MAX_N}; send several requests")
+    return Asked(prompt, sampling_params_of(given), n, _logprobs(given, "prompt_logprobs"), _keep(given))
+
+
+def sampling_params_of(given: pb.SamplingParams) -> SamplingParams:
+    """How to sample and when to stop, as vLLM's servicer understands it.
+
+    Raises:
+        ValueError: too many stop strings, too many logprobs, or choices that are none.
+    """
+    if len(given.stop) > MAX_STOPS or any(len(text) > MAX_STOP_LENGTH for text in given.stop):
+        raise ValueError(
+            f"stop has {len(given.stop)} strings of up to {max(map(len, given.stop))} characters; give at most "
+            f"{MAX_STOPS} of {MAX_STOP_LENGTH}"
+        )
+    return SamplingParams(
+        max_new_tokens=given.max_tokens if given.HasField("max_tokens") else None,
+        min_new_tokens=given.min_tokens,
+        temperature=given.temperature if given.HasField("temperature") else 1.0,
+        top_k=given.top_k,
+        top_p=given.top_p or 1.0,
+        min_p=given.min_p,
+        repetition_penalty=given.repetition_penalty or 1.0,
+        frequency_penalty=given.frequency_penalty,
+        presence_penalty=given.presence_penalty,
+        logit_bias=dict(given.logit_bias),
+        seed=given.seed % 2**32 if given.HasField("seed") else None,
+        logprobs=_logprobs(given, "logprobs"),
+        stop=tuple(given.stop),
+        stop_token_ids=tuple(given.stop_token_ids),
+        ignore_eos=given.ignore_eos,
+        include_stop_str_in_output=given.include_stop_str_in_output,
+        **_constraint(given),
+    )
+
+
+def _constraint(given: pb.SamplingParams) -> dict[str, str | tuple[str, ...]]:
+    kind = given.WhichOneof("constraint")
+    if kind is None or (kind == "json_object" and not given.json_object):
+        return {}
+    if kind == "json_object":
+        return {"json_schema": '{"type": "object"}'}
+    if kind == "choice":
+        return {"choice": tuple(given.choice.choices)}
+    return {kind: getattr(given, kind)}
+
+
+def _logprobs(given: pb.SamplingParams, name: str) -> int | None:
+    if not given.HasField(name):
+        return None
+    if not 0 <= (asked := getattr(given, name)) <= MAX_LOGPROBS:
+        raise ValueError(f"{name} {asked} is outside 0..{MAX_LOGPROBS}; ask for at most {MAX_LOGPROBS} alternatives")
+    return asked
+
+
+def _keep(given: pb.SamplingParams) -> int | None:
+    if not given.HasField("truncate_prompt_tokens"):
+        return None
+    if (keep := given.truncate_prompt_tokens) < 1 and keep != -1:
+        raise ValueError(f"truncate_prompt_tokens {keep} must be at least 1, or -1 for as many as fit")
+    return keep
+
+
+class Telling:
+    """One sequence of a request, told to the client as it comes.
+
+    Args:
+        index: which of the n.
+        stream: tell tokens as they come, and all of them in the end; otherwise only that.
+        prompt: scores of the prompt's tokens, where they were asked for.
+        eos: tokens that end a turn, which are not told as what was matched.
+    """
+
+    def __init__(self, index: int, *, stream: bool, prompt: pb.InputLogProbs | None, eos: frozenset[int]):
+        self._index, self._stream, self._prompt, self._eos = index, stream, prompt, eos
+        self._ids: list[int] = []
+        self._scores: list[Score] = []
+
+    def responses(self, chunk: Chunk) -> Iterable[pb.GenerateResponse]:
+        """What a chunk of it comes to."""
+        first = not self._ids
+        self._ids += chunk.ids
+        self._scores += () if self._stream else chunk.scores
+        counts = _counts(chunk.statistics)
+        if self._stream and chunk.ids:
+            told = pb.GenerateStreamChunk(
+                token_ids=chunk.ids,
+                completion_tokens=len(chunk.ids),
+                output_logprobs=_output_logprobs(chunk.ids, chunk.scores),
+                input_logprobs=self._prompt if first else None,
+                index=self._index,
+                **counts,
+            )
+            yield pb.GenerateResponse(chunk=told)
+        if chunk.finish_reason is not None:
+            complete = pb.GenerateComplete(
+                output_ids=self._ids,
+                finish_reason=_FINISH_REASONS[chunk.finish_reason],
+                completion_tokens=len(self._ids),
+                output_logprobs=_output_logprobs(self._ids, self._scores),
+                input_logprobs=self._prompt,
+                index=self._index,
+                spec_accepted_tokens=chunk.statistics.accepted,
+                spec_draft_tokens=chunk.statistics.drafted,
+                **counts,
+            )
+            if isinstance(chunk.matched, str):
+                complete.matched_stop_str = chunk.matched
+            elif chunk.matched is not None and chunk.matched not in self._eos:
+                complete.matched_token_id = chunk.matched
+            yield pb.GenerateResponse(complete=complete)
+
+
+def input_logprobs(ids: Iterable[int], scores: Iterable[Score]) -> pb.InputLogProbs:
+    """Of a prompt, whose first token has none.
+
+    Args:
+        ids: all of its tokens.
+        scores: of those from the second on.
+    """
+    told = [_top(score) for score in scores]
+    return pb.InputLogProbs(
+        token_logprobs=[pb.InputTokenLogProb(), *(pb.InputTokenLogProb(value=score.logprob) for score in scores)],
+        token_ids=ids,
+        top_logprobs=[pb.TopLogProbs(), *told] if any(score.top for score in scores) else [],
+    )
+
+
+def _output_logprobs(ids: Iterable[int], scores: Iterable[Score]) -> pb.OutputLogProbs | None:
+    if not scores:
+        return None
+    return pb.OutputLogProbs(
+        token_logprobs=[score.logprob for score in scores],
+        token_ids=ids,
+        top_logprobs=[_top(score) for score in scores] if any(score.top for score in scores) else [],
+    )
+
+
+def _top(score: Score) -> pb.TopLogProbs:
+    return pb.TopLogProbs(token_ids=[i for i, _ in score.top], values=[value for _, value in score.top])
+
+
+def _counts(statistics: Statistics) -> dict[str, int]:
+    return {"prompt_tokens": statistics.prompt_tokens, "cached_tokens": statistics.cached_tokens}

@@ -1,0 +1,413 @@
+"""The service as clients meet it: through a channel, from a process' own worker, whose engine is a real one."""
+
+import asyncio
+import hashlib
+import io
+import threading
+import time
+import zipfile
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from smg_grpc_proto import vllm_engine_pb2 as pb
+from smg_grpc_proto import vllm_engine_pb2_grpc
+from smg_grpc_proto.generated import common_pb2
+
+from glmjax.serving.engine import Engine
+from glmjax.worker.arguments import Arguments
+from glmjax.worker.lifecycle import Worker
+from glmjax.worker.protocol import SERVICE
+from tests.serving.test_events import Follower
+from tests.serving.test_grammar import CONFIG, LENGTH, glm
+
+PROMPT = "give me "
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Running:
+    """A worker in a thread, and stubs to call it."""
+
+    def __init__(self, drain_seconds=10.0, make=lambda: Engine(glm(), CONFIG)):
+        self.loop, self.status, listening = None, None, threading.Event()
+        arguments = Arguments(port=0, drain_seconds=drain_seconds)
+
+        def made():
+            listening.set()  # the port is open before the engine is made
+            self.engine = make()
+            return self.engine
+
+        async def main():
+            self.loop, self.worker = asyncio.get_running_loop(), Worker(arguments, made)
+            return await self.worker.run()
+
+        def run():
+            self.status = asyncio.run(main())
+
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+        assert listening.wait(60)
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.worker.port}")
+        self.stub = vllm_engine_pb2_grpc.VllmEngineStub(self.channel)
+        self.health = health_pb2_grpc.HealthStub(self.channel)
+
+    def serving(self, service=SERVICE):
+        return self.health.Check(health_pb2.HealthCheckRequest(service=service)).status
+
+    def ready(self):
+        while self.serving() != SERVING:
+            time.sleep(0.02)
+        return self
+
+    def leave(self):
+        self.loop.call_soon_threadsafe(self.worker.leave)
+
+    def closed(self):
+        self.thread.join(60)
+        self.channel.close()
+        return self.status
+
+
+@pytest.fixture(scope="module")
+def running():
+    running = Running().ready()
+    yield running
+    running.leave()
+    assert running.closed() == 0
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(running):
+    yield
+    until(lambda: not len(running.worker.service.live))
+    until(lambda: running.engine.stats().running + running.engine.stats().waiting == 0)
+    stats = running.engine.stats()
+    assert stats.free_pages + stats.cached_pages == stats.pages
+
+
+def until(true, seconds=30):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def asked(text=PROMPT, stream=False, name="", **sampling):
+    fields = {"temperature": 1.2, "seed": 3, "max_tokens": 12} | sampling
+    return pb.GenerateRequest(request_id=name, text=text, stream=stream, sampling_params=pb.SamplingParams(**fields))
+
+
+def alone(text=PROMPT, **fields):
+    return glm().generate(text, temperature=1.2, seed=3, max_new_tokens=12, **fields).finish().ids
+
+
+def complete(running, request):
+    return [response.complete for response in running.stub.Generate(request) if response.HasField("complete")]
+
+
+def failure(call):
+    with pytest.raises(grpc.RpcError) as error:
+        list(call)
+    return error.value.code(), dict(error.value.trailing_metadata()).get("glmjax-reason"), error.value.details()
+
+
+# Generate
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_are_those_of_generate(running, stream):
+    [whole] = complete(running, asked(stream=stream))
+    assert list(whole.output_ids) == alone()
+    assert (whole.finish_reason, whole.completion_tokens) == ("length", 12)
+    assert whole.prompt_tokens == len(glm().encode(PROMPT))
+
+
+def test_a_streams_chunks_come_to_the_whole(running):
+    *chunks, last = running.stub.Generate(asked(stream=True, max_tokens=40))
+    assert len(chunks) > 1
+    assert [token for r in chunks for token in r.chunk.token_ids] == list(last.complete.output_ids)
+
+
+def test_tokens_may_be_given_instead_of_text(running):
+    request = asked()
+    request.tokenized.input_ids.extend(glm().encode(PROMPT))
+    assert list(complete(running, request)[0].output_ids) == alone()
+
+
+def test_several_sequences_follow_one_seed(running):
+    found = {c.index: list(c.output_ids) for c in complete(running, asked(n=3, stream=True))}
+    assert found == {
+        i: glm().generate(PROMPT, temperature=1.2, seed=3 + i, max_new_tokens=12).finish().ids for i in range(3)
+    }
+
+
+def test_a_schema_is_followed(running):
+    [whole] = complete(running, asked(json_schema='{"enum": ["red", "blue"]}', max_tokens=30))
+    assert glm().tokenizer.decode(list(whole.output_ids)) in ('"red"', '"blue"')
+
+
+def test_a_stop_string_is_told(running):
+    text = glm().tokenizer.decode(alone())
+    [whole] = complete(running, asked(stop=[text[4]]))
+    assert (whole.finish_reason, whole.matched_stop_str) == ("stop", text[4])
+
+
+def test_logprobs_are_those_of_the_engine(running):
+    [whole] = complete(running, asked(logprobs=2))
+    [result] = running.engine.generate(PROMPT, temperature=1.2, seed=3, max_new_tokens=12, logprobs=2).finish()
+    assert list(whole.output_logprobs.token_logprobs) == pytest.approx([score.logprob for score in result.scores])
+    assert [list(top.token_ids) for top in whole.output_logprobs.top_logprobs] == [
+        [i for i, _ in score.top] for score in result.scores
+    ]
+
+
+def test_without_a_limit_it_goes_to_the_end_of_the_context_and_never_beyond(running):
+    request = asked(ignore_eos=True, max_tokens=2**31)
+    request.sampling_params.ClearField("max_tokens")
+    for limit in (None, 10**6):
+        if limit:
+            request.sampling_params.max_tokens = limit
+        [whole] = complete(running, request)
+        assert whole.prompt_tokens + whole.completion_tokens == LENGTH
+        assert whole.finish_reason == "length"
+
+
+def test_a_prompt_can_be_cut_to_its_end(running):
+    ids = glm().encode("something before " + PROMPT)
+    keep = len(glm().encode(PROMPT))
+    request = asked(truncate_prompt_tokens=keep)
+    request.tokenized.input_ids.extend(ids)
+    assert complete(running, request)[0].prompt_tokens == keep
+
+
+@pytest.mark.parametrize(
+    ("request_", "complaint"),
+    [
+        (pb.GenerateRequest(), "has no input"),
+        (asked(top_p=1.5), "top_p 1.5 is outside"),
+        (asked("x" * 10**6), "a text of 1000000 characters"),
+        (asked("a b c " * 100), "leave no room in the context of 192"),
+        (asked(regex="(a"), "unclosed group"),
+        (asked(stop_token_ids=[10**6]), "stop_token_ids has token id 1000000"),
+        (asked(min_tokens=13), "min_new_tokens 13 exceeds max_new_tokens 12"),
+        (pb.GenerateRequest(tokenized=pb.TokenizedInput(input_ids=[5, 10**6])), "1000000"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_is_refused_with_value_and_limit(running, request_, complaint):
+    before = running.engine.stats()
+    code, reason, details = failure(running.stub.Generate(request_))
+    assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid")
+    assert complaint in details
+    assert running.engine.stats().prompt_tokens == before.prompt_tokens
+
+
+# Leaving
+
+
+def endless(name=""):
+    return asked(stream=True, name=name, ignore_eos=True, max_tokens=LENGTH)
+
+
+def test_a_client_that_leaves_leaves_nothing_behind(running):
+    before = running.engine.stats().finished
+    call = running.stub.Generate(endless())
+    next(call)
+    call.cancel()
+    until(lambda: running.engine.stats().running == 0)
+    assert running.engine.stats().finished == before
+
+
+def test_a_deadline_ends_a_request(running):
+    code, *_ = failure(running.stub.Generate(endless(), timeout=0.05))
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    until(lambda: running.engine.stats().running == 0)
+
+
+def test_another_call_can_abort_a_request(running):
+    call = running.stub.Generate(endless("mine"))
+    next(call)
+    running.stub.Abort(pb.AbortRequest(request_ids=["unknown", "mine"]))
+    *_, last = call
+    assert last.complete.finish_reason == "abort"
+    assert last.complete.completion_tokens < LENGTH - 10
+
+
+def test_an_id_is_one_requests_at_a_time(running):
+    call = running.stub.Generate(endless("mine"))
+    next(call)
+    code, _, details = failure(running.stub.Generate(asked(name="mine")))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "'mine' is under way already" in details
+    call.cancel()
+    until(lambda: not len(running.worker.service.live))
+    assert complete(running, asked(name="mine"))
+
+
+def test_a_reader_who_does_not_read_keeps_nobody_waiting(running):
+    calls = [running.stub.Generate(endless()) for _ in range(4)]
+    assert list(complete(running, asked())[0].output_ids) == alone()
+    for call in calls:
+        call.cancel()
+
+
+# What there is to know
+
+
+def test_the_model_and_the_server_tell_what_they_are(running):
+    model = running.stub.GetModelInfo(pb.GetModelInfoRequest())
+    assert (model.max_context_length, model.vocab_size, model.is_generation) == (LENGTH, 320, True)
+    assert set(model.eos_token_ids) == glm().stops.token_ids
+    server = running.stub.GetServerInfo(pb.GetServerInfoRequest())
+    assert (server.server_type, server.max_num_seqs, server.block_size) == ("vllm-grpc", 2, 8)
+    assert running.stub.HealthCheck(pb.HealthCheckRequest()).healthy
+
+
+def test_loads_count_who_runs(running):
+    call = running.stub.Generate(endless())
+    next(call)
+    [load] = running.stub.GetLoads(pb.GetLoadsRequest()).loads
+    assert (load.num_running_reqs, load.max_running_requests) == (1, 2)
+    assert 0 < load.token_usage <= 1
+    call.cancel()
+
+
+def test_the_tokenizer_comes_in_pieces(running):
+    chunks = list(running.stub.GetTokenizer(common_pb2.GetTokenizerRequest()))
+    content = b"".join(chunk.data for chunk in chunks)
+    assert [chunk.sha256 for chunk in chunks][-1] == hashlib.sha256(content).hexdigest()
+    assert not any(chunk.sha256 for chunk in chunks[:-1])
+    assert {"tokenizer.json", "tokenizer_config.json", "config.json"} <= set(
+        zipfile.ZipFile(io.BytesIO(content)).namelist()
+    )
+
+
+def test_embeddings_are_not_served(running):
+    with pytest.raises(grpc.RpcError) as error:
+        running.stub.Embed(pb.EmbedRequest())
+    assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert "was not trained to give embeddings" in error.value.details()
+
+
+def test_a_generic_client_finds_the_service(running):
+    database = ProtoReflectionDescriptorDatabase(running.channel)
+    assert SERVICE in database.get_services()
+    assert database.FindFileContainingSymbol(SERVICE).package == "vllm.grpc.engine"
+
+
+# The cache
+
+
+class Batches:
+    """What a subscription brings, in the words of the engine's own events."""
+
+    def __init__(self, running, start=0):
+        self.call = running.stub.SubscribeKvEvents(common_pb2.SubscribeKvEventsRequest(start_sequence_number=start))
+        self._found = {}
+
+    def held(self, pages):
+        """Tokens of blocks by their hash, once there are so many, and the number of the batch."""
+        found = self._found
+        while True:
+            batch = next(self.call)
+            for event in batch.events:
+                if event.HasField("cleared"):
+                    found.clear()
+                for block in event.stored.blocks:
+                    found[block.block_hash] = list(block.token_ids)
+                for gone in event.removed.block_hashes:
+                    del found[gone]
+            if len(found) == pages:
+                return dict(found), batch.sequence_number
+
+
+def test_followers_know_what_is_cached(running):
+    running.stub.FlushCache(common_pb2.FlushCacheRequest(timeout_s=5))
+    following = Batches(running)
+    assert following.held(0)[0] == {}
+    complete(running, asked("abcdefgh" * 3, max_tokens=1))
+    pages = running.engine.stats().cached_pages
+    held, number = following.held(pages)
+    assert held == Batches(running).held(pages)[0]
+    assert len(held) == len(Follower(running.engine.cached()).pages) == pages > 1
+    late = Batches(running, start=number)
+    running.stub.FlushCache(common_pb2.FlushCacheRequest(timeout_s=5))
+    assert following.held(0)[1] == number + 1
+    assert next(late.call).sequence_number == number + 1
+    lost = Batches(running, start=7)
+    assert failure(lost.call)[0] is grpc.StatusCode.OUT_OF_RANGE
+    following.call.cancel()
+    late.call.cancel()
+
+
+def test_followers_are_told_when_the_worker_leaves():
+    running = Running().ready()
+    following = Batches(running)
+    assert following.held(0)[0] == {}
+    running.leave()
+    assert failure(following.call)[:2] == (grpc.StatusCode.UNAVAILABLE, "closed")
+    assert running.closed() == 0
+
+
+def test_a_cache_in_use_is_not_flushed(running):
+    call = running.stub.Generate(endless())
+    next(call)
+    flushed = running.stub.FlushCache(common_pb2.FlushCacheRequest())
+    assert not flushed.success
+    assert "1 requests are under way" in flushed.message
+    call.cancel()
+
+
+# Traces
+
+
+def test_a_trace_can_be_had(running, tmp_path):
+    assert not running.stub.StopProfile(common_pb2.StopProfileRequest()).success
+    started = running.stub.StartProfile(common_pb2.StartProfileRequest(output_dir=str(tmp_path)))
+    assert started.success, started.message
+    assert not running.stub.StartProfile(common_pb2.StartProfileRequest()).success
+    complete(running, asked())
+    stopped = running.stub.StopProfile(common_pb2.StopProfileRequest())
+    assert stopped.success, stopped.message
+    assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+# A worker's life
+
+
+def test_before_it_is_ready_and_when_it_leaves_requests_go_elsewhere():
+    go = threading.Event()
+
+    def make():
+        assert go.wait(60)
+        return Engine(glm(), CONFIG)
+
+    running = Running(make=make)
+    assert (running.serving(""), running.serving()) == (SERVING, NOT_SERVING)
+    assert failure(running.stub.Generate(asked()))[:2] == (grpc.StatusCode.UNAVAILABLE, "starting")
+    go.set()
+    call = running.ready().stub.Generate(endless())
+    next(call)
+    running.leave()
+    until(lambda: running.serving() == NOT_SERVING)
+    assert failure(running.stub.Generate(asked()))[:2] == (grpc.StatusCode.UNAVAILABLE, "draining")
+    *_, last = call  # who was there before may end
+    assert last.complete.completion_tokens + last.complete.prompt_tokens == LENGTH
+    assert running.closed() == 0
+
+
+def test_who_takes_too_long_to_leave_is_sent_elsewhere():
+    running = Running(drain_seconds=0.0).ready()
+    call = running.stub.Generate(endless())
+    next(call)
+    running.leave()
+    assert failure(call)[:2] == (grpc.StatusCode.UNAVAILABLE, "engine")
+    assert running.closed() == 0
+
+
+def test_a_worker_that_leaves_early_does_not_wait_for_its_programs():
+    forever = threading.Event()
+    running = Running(make=forever.wait)
+    running.leave()
+    assert running.closed() == 0
