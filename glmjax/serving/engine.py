@@ -219,6 +219,7 @@ class Engine:
             pages=self.pages,
             free_pages=self._running.pool.free + self._running.pool.retiring,
             cached_pages=len(self._running.tree),
+            held_pages=len({lease for sequence in [*self._running.sequences] for lease in [*sequence.leases]}),
             device_seconds=self._device_seconds,
             host_seconds=self._host_seconds,
             programs=len(self._programs),

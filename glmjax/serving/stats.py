@@ -15,6 +15,7 @@ class EngineStats:
         pages: of the cache.
         free_pages: that nobody holds.
         cached_pages: that the prefix tree holds.
+        held_pages: that sequences hold, the prefix tree too or not.
         dispatches: programs run.
         finished: requests that came to their end.
         prompt_tokens: of the requests admitted.
@@ -47,6 +48,7 @@ class EngineStats:
     pages: int = 0
     free_pages: int = 0
     cached_pages: int = 0
+    held_pages: int = 0
     dispatches: int = 0
     finished: int = 0
     prompt_tokens: int = 0
@@ -77,6 +79,11 @@ class EngineStats:
     def accept_length(self) -> float:
         """Tokens of a round."""
         return 1 + self.accepted / self.rounds if self.rounds else 1.0
+
+    @property
+    def usage(self) -> float:
+        """Of the pages, how many sequences hold; the others are free, or make room when they are needed."""
+        return self.held_pages / self.pages if self.pages else 0.0
 
     @property
     def hit_rate(self) -> float:

@@ -48,6 +48,8 @@ class Arguments:
         stream_holdback: tokens of a stream that are kept back, so that an anomaly among them is mended or retried unseen.
         drain_seconds: that requests under way have after SIGTERM.
         compilation_cache: folder that keeps compiled programs; default JAX_COMPILATION_CACHE_DIR or the user's cache.
+        enable_metrics: answer Prometheus at http://HOST:METRICS_PORT/metrics.
+        metrics_port: where.
         log_level: least of what is logged.
     """
 
@@ -73,6 +75,8 @@ class Arguments:
     stream_holdback: int = 0
     drain_seconds: float = 30.0
     compilation_cache: Path | None = None
+    enable_metrics: tyro.conf.FlagCreatePairsOff[bool] = False
+    metrics_port: int = 9090
     log_level: Annotated[Literal["debug", "info", "warning", "error"], tyro.conf.arg(metavar="LEVEL")] = "info"
 
     def __post_init__(self):

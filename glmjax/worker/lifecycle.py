@@ -56,6 +56,7 @@ class Worker:
         self._health = health.aio.HealthServicer()
         self._leaving = asyncio.Event()
         self._engine: Engine | None = None
+        self._close_metrics: Callable[[], None] = lambda: None
         self.port = 0
 
     async def run(self) -> int:
@@ -101,6 +102,8 @@ class Worker:
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}; give another --host or --port") from error
         await self._server.start()
+        if self._arguments.enable_metrics:
+            self._close_metrics = self.service.metrics.serve(self._arguments.metrics_port, self._arguments.host)
         _LOG.info("listening on %s:%d", self._arguments.host, self.port)
 
     @contextlib.contextmanager
@@ -135,6 +138,7 @@ class Worker:
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close)
         await self._server.stop(_GRACE_SECONDS)
+        await asyncio.to_thread(self._close_metrics)
         _LOG.info("closed")
 
 

@@ -23,9 +23,10 @@ from glmjax.serving.engine import Engine
 from glmjax.serving.stream import Stream
 from glmjax.worker.cache_events import followed
 from glmjax.worker.live import Live
+from glmjax.worker.metrics import Metrics
 from glmjax.worker.profiling import Profiler
 from glmjax.worker.protocol import Asked, Telling, asked_of
-from glmjax.worker.statuses import NotServingError, status_of
+from glmjax.worker.statuses import REASON, NotServingError, status_of
 from glmjax.worker.tokenizer_files import CHUNK_BYTES, packed
 
 _LOG = logging.getLogger(__name__)
@@ -59,10 +60,12 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
 
     Attributes:
         live: requests under way.
+        metrics: what is counted of them.
     """
 
     def __init__(self, card: ModelCard, holdback: int = 0):
         self.live = Live()
+        self.metrics = Metrics(card.served_model_name, lambda: self._engine and self._engine.stats())
         self._card, self._holdback = card, holdback
         self._engine: Engine | None = None
         self._refusal: NotServingError | None = NotServingError("starting")
@@ -88,6 +91,7 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
             async for response in self._generated(request, context):
                 yield response
         except Exception as error:
+            self.metrics.aborted(dict(status_of(error).metadata)[REASON])
             await _end(context, error)
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
@@ -107,9 +111,10 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
         with self.live.entered(name):
             asked = asked_of(request)
             stream = await self._begin(engine, name, asked, request.stream, context.time_remaining())
-            eos = engine.glm.stops.token_ids
+            eos, timed = engine.glm.stops.token_ids, self.metrics.request(asked.n)
             telling = [Telling(i, stream=request.stream, prompt=None, eos=eos) for i in range(asked.n)]
             async for chunk in stream:
+                timed.push(chunk)
                 for response in telling[chunk.index].responses(chunk):
                     yield response
 
@@ -181,14 +186,13 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
         """Who runs and who waits."""
         engine = await self._told(context)
         stats, size = engine.stats(), engine.config.page_size
-        held = stats.pages - stats.free_pages - stats.cached_pages
         load = pb.SchedulerLoad(
             num_running_reqs=stats.running,
             num_waiting_reqs=stats.waiting,
             num_total_reqs=stats.running + stats.waiting,
             num_used_tokens=(stats.pages - stats.free_pages) * size,
             max_total_num_tokens=stats.pages * size,
-            token_usage=held / stats.pages,
+            token_usage=stats.usage,
             cache_hit_rate=stats.hit_rate,
             utilization=stats.running / engine.config.max_num_seqs,
             max_running_requests=engine.config.max_num_seqs,
