@@ -20,7 +20,8 @@ from benchmarks.measure import machine, read_bandwidths, row_bytes, weight_bytes
 from benchmarks.synthetic import random_cache, random_model
 from glmjax.decoding import decode
 from glmjax.model.config import GlmConfig
-from glmjax.model.sampling_params import SamplingParams, SamplingState
+from glmjax.model.sampling_params import SamplingParams
+from glmjax.model.sampling_state import SamplingState
 from glmjax.model.transformer import Transformer
 
 CONFIGURATION = Path(__file__).parents[1] / "configs" / "small.json"

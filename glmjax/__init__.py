@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from glmjax.client.client import AsyncClient, Client
     from glmjax.decoding import Generation, Statistics, Token
     from glmjax.glm import GLM, Output, Trace, load
     from glmjax.kept_programs import compilation_cache
@@ -37,6 +38,8 @@ _WHERE = {
     "Engine": "glmjax.serving.engine",
     "EngineConfig": "glmjax.serving.config",
     "Hooks": "glmjax.serving.hooks",
+    "Client": "glmjax.client.client",
+    "AsyncClient": "glmjax.client.client",
     "compilation_cache": "glmjax.kept_programs",
 }
 __all__ = [  # noqa: RUF022 (in order of importance)
@@ -54,6 +57,8 @@ __all__ = [  # noqa: RUF022 (in order of importance)
     "Engine",
     "EngineConfig",
     "Hooks",
+    "Client",
+    "AsyncClient",
     "compilation_cache",
 ]
 

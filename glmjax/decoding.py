@@ -16,7 +16,8 @@ from jax import lax
 from glmjax.model.cache import ContiguousCache, last_token
 from glmjax.model.reply import Reply
 from glmjax.model.sampling import Logprobs, logprobs, observe, sample
-from glmjax.model.sampling_params import SamplingParams, SamplingState
+from glmjax.model.sampling_params import SamplingParams
+from glmjax.model.sampling_state import SamplingState
 from glmjax.model.stops import Stops
 from glmjax.model.tokenizer import Tokenizer
 from glmjax.model.transformer import Transformer

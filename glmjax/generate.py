@@ -16,15 +16,14 @@ from glmjax.glm import load
 from glmjax.kept_programs import compilation_cache
 from glmjax.model.checkpoint import Fp8, LoadFormat
 from glmjax.model.config import GlmConfig
-from glmjax.model.sampling_params import SamplingParams
 from glmjax.nano import NANO
+from glmjax.sampling_flags import SamplingFlags
 
-_DEFAULTS = SamplingParams()
 _INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(SamplingFlags):
     """Complete a prompt or fill a blank; the text streams to standard output, a line of statistics ends it on standard error.
 
     Attributes:
@@ -38,18 +37,6 @@ class Arguments:
         infill: instead of a prompt, the texts before and after a blank, which the model fills.
         chat: apply the checkpoint's chat template to the prompt.
         system: system message, with --chat.
-        max_new_tokens: most tokens to generate.
-        min_new_tokens: do not end before so many.
-        temperature: 0 is greedy.
-        top_k: keep the k most likely tokens; 0 is off.
-        top_p: keep the smallest set of tokens with this mass; 1 is off.
-        min_p: keep tokens at least this likely relative to the best; 0 is off.
-        repetition_penalty: above 1 discourages tokens seen in prompt or output.
-        frequency_penalty: subtracted per occurrence in the output.
-        presence_penalty: subtracted once if in the output.
-        stop: a string that ends the text; may be given several times.
-        ignore_eos: go on after end-of-sequence tokens.
-        random_seed: fixes sampled output; default random, and printed.
     """
 
     prompt: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="PROMPT")]] = None
@@ -62,24 +49,6 @@ class Arguments:
     infill: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="PREFIX SUFFIX")] = None
     chat: bool = False
     system: str | None = None
-    max_new_tokens: int = 256
-    min_new_tokens: int = _DEFAULTS.min_new_tokens
-    temperature: float = _DEFAULTS.temperature
-    top_k: int = _DEFAULTS.top_k
-    top_p: float = _DEFAULTS.top_p
-    min_p: float = _DEFAULTS.min_p
-    repetition_penalty: float = _DEFAULTS.repetition_penalty
-    frequency_penalty: float = _DEFAULTS.frequency_penalty
-    presence_penalty: float = _DEFAULTS.presence_penalty
-    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    ignore_eos: bool = False
-    random_seed: int | None = None
-
-    def sampling(self) -> SamplingParams:
-        """The fields that `SamplingParams` has, under its names."""
-        names = {field.name for field in dataclasses.fields(SamplingParams)}
-        chosen = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        return SamplingParams(**chosen, seed=self.random_seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

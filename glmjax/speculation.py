@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from glmjax.model.cache import Cache, Step, last_token, previous_hidden
 from glmjax.model.sampling import allow, noisy, observe, sample
-from glmjax.model.sampling_params import SamplingState
+from glmjax.model.sampling_state import SamplingState
 from glmjax.model.transformer import Hidden
 
 

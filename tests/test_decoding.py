@@ -20,7 +20,8 @@ from glmjax.glm import GLM, load
 from glmjax.model import sampling
 from glmjax.model.cache import ContiguousCache
 from glmjax.model.chat import ChatTemplate
-from glmjax.model.sampling_params import SamplingParams, SamplingState
+from glmjax.model.sampling_params import SamplingParams
+from glmjax.model.sampling_state import SamplingState
 from glmjax.model.stops import Stops
 from glmjax.model.tokenizer import Tokenizer
 

@@ -13,7 +13,8 @@ from glmjax.glm import GLM, load
 from glmjax.model.assemble import abstract
 from glmjax.model.cache import Cache, ContiguousCache, last_token
 from glmjax.model.config import GlmConfig
-from glmjax.model.sampling_params import SamplingParams, SamplingState
+from glmjax.model.sampling_params import SamplingParams
+from glmjax.model.sampling_state import SamplingState
 from glmjax.model.stops import Stops
 from glmjax.model.transformer import Transformer
 from glmjax.model.weights import random_source

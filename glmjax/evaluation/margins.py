@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int
 from glmjax.glm import GLM
 from glmjax.model.cache import ContiguousCache
 from glmjax.model.sampling import noisy
-from glmjax.model.sampling_params import SamplingParams, SamplingState
+from glmjax.model.sampling_params import SamplingParams
+from glmjax.model.sampling_state import SamplingState
 from glmjax.model.transformer import LayerView, Transformer
 from glmjax.pallas.blocks import map_query_blocks
 from glmjax.pallas.rms_norm import rms_norm

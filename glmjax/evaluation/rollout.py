@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Int, Int32
 
 from glmjax.glm import GLM
 from glmjax.model.cache import ContiguousCache
-from glmjax.model.sampling_params import SamplingParams, SamplingState
+from glmjax.model.sampling_params import SamplingParams
+from glmjax.model.sampling_state import SamplingState
 from glmjax.model.transformer import Transformer
 from glmjax.speculation import DecodeState, begin, prefill, speculate
 

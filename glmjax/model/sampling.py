@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt32
 
-from glmjax.model.sampling_params import SamplingState
+from glmjax.model.sampling_state import SamplingState
 
 _FLOAT32 = jnp.finfo(jnp.float32)
 

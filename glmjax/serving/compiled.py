@@ -13,7 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from glmjax.kept_programs import compiled, described
-from glmjax.model.sampling_params import SamplingParams, SamplingState
+from glmjax.model.sampling_params import SamplingParams
+from glmjax.model.sampling_state import SamplingState
 from glmjax.serving import pages, slots
 from glmjax.serving.hooks import Hooks
 from glmjax.serving.offload import Move

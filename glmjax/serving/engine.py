@@ -34,6 +34,7 @@ from glmjax.serving.offload import Move, Offload
 from glmjax.serving.outcome import Outcome
 from glmjax.serving.pages import PagedCache
 from glmjax.serving.plan import Plan
+from glmjax.serving.programs import Log
 from glmjax.serving.recorder import Flight, Recorder
 from glmjax.serving.request import Request
 from glmjax.serving.running import MOST_RETIRED, Running
@@ -57,6 +58,10 @@ _LONGEST_SLEEP = 0.05
 _LOG = logging.getLogger(__name__)
 
 
+Observer = Callable[[Plan, Log, Callable[[], EngineStats]], None]
+"""Takes a plan, its log on the host, and what gives the engine's statistics."""
+
+
 class Engine:
     """Serves a model.
 
@@ -72,6 +77,7 @@ class Engine:
         config: sizes and limits.
         progress: whether to show a bar while programs are compiled.
         hooks: what researchers look at or change in layers, of requests that choose it; None for nothing.
+        observer: is told, in the engine's thread, of every dispatch whose log has been read; None for nobody.
 
     Attributes:
         events: what comes into the prefix tree and leaves it.
@@ -81,9 +87,15 @@ class Engine:
     """
 
     def __init__(
-        self, glm: GLM, config: EngineConfig | None = None, *, progress: bool = False, hooks: Hooks | None = None
+        self,
+        glm: GLM,
+        config: EngineConfig | None = None,
+        *,
+        progress: bool = False,
+        hooks: Hooks | None = None,
+        observer: Observer | None = None,
     ):
-        self.glm, self.config, self.hooks = glm, config or EngineConfig(), hooks
+        self.glm, self.config, self.hooks, self._observer = glm, config or EngineConfig(), hooks, observer
         self.max_model_len = self._checked_length()
         per_sequence = -(-self.max_model_len // self.config.page_size)
         self.pages = self.config.pages or per_sequence * (self.config.max_num_seqs + 1) // 2 + per_sequence
@@ -110,6 +122,7 @@ class Engine:
         self._commands: deque[Callable[[float], None]] = deque()
         self._changed = threading.Condition()
         self._closing = self._stuck = False
+        self._turning: float | None = None
         self._make_state()
         self._programs = Programs(
             glm.weights,
@@ -230,6 +243,17 @@ class Engine:
             accepted_at=tuple(counts["accepted", n] for n in range(self.config.num_draft)),
             **{name: counts[name] for name in _COUNTED},
         )
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs: until it is closed, or cannot go on."""
+        return self._thread.is_alive()
+
+    @property
+    def stalled_seconds(self) -> float:
+        """For how long its thread has been busy with a single step: a program that does not end, if that is long."""
+        began = self._turning
+        return 0.0 if began is None else time.monotonic() - began
 
     def record(self, path: Path | str) -> None:
         """Save what was dispatched lately, for ``python -m glmjax.serving.replay``.
@@ -354,7 +378,11 @@ class Engine:
                     self._turn()
                 except Exception as error:  # out of memory, a bug: whatever it is, nobody may wait for ever
                     _LOG.exception("a step of the engine failed; running requests are lost")
-                    self._recover(error)
+                    try:
+                        self._recover(error)
+                    except Exception:  # there is no memory for a new cache, for one
+                        _LOG.critical("the engine cannot begin again; it ends", exc_info=True)
+                        return
             while self._unread:
                 self._read()
         finally:
@@ -379,15 +407,18 @@ class Engine:
     def _turn(self) -> None:
         """Do what others have asked for, and a step."""
         busy, now = time.thread_time(), time.monotonic()
+        self._turning = now
         while self._commands:
             self._commands.popleft()(now)
         self._step(now)
         self._host_seconds += time.thread_time() - busy
+        self._turning = None
 
     def _recover(self, error: Exception) -> None:
         """Begin again with an empty cache: a program that failed has taken the old one with it."""
         lost = UnavailableError(f"the engine failed ({type(error).__name__}: {error}); send the request again")
         lost.__cause__ = error
+        self._turning = None
         self._unread.clear()
         self._landed.clear()
         self._recorder.begin()
@@ -449,3 +480,5 @@ class Engine:
             self._running.counts["landed"] += written
             self._running.counts["dropped"] += count - written
         self._outcome.read(plan, log, now)
+        if self._observer is not None:
+            self._observer(plan, log, self.stats)

@@ -7,7 +7,8 @@ from collections.abc import Sequence as Several
 
 import numpy as np
 
-from glmjax.model.sampling_params import SamplingParams, SamplingState
+from glmjax.model.sampling_params import SamplingParams
+from glmjax.model.sampling_state import SamplingState
 from glmjax.serving.offload import Move
 from glmjax.serving.pages import PageTable
 from glmjax.serving.programs import Batch, Chunks, Guesses

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from glmjax.model.sampling_params import SamplingParams, SamplingState
+from glmjax.model.sampling_params import SamplingParams
+from glmjax.model.sampling_state import SamplingState
 
 
 @jax.tree_util.register_dataclass

@@ -48,6 +48,12 @@ class Arguments:
         stream_holdback: tokens of a stream that are kept back, so that an anomaly among them is mended or retried unseen.
         drain_seconds: that requests under way have after SIGTERM.
         compilation_cache: folder that keeps compiled programs; default JAX_COMPILATION_CACHE_DIR or the user's cache.
+        watchdog_timeout: seconds after which a step of the engine that does not end ends the worker.
+        api_key: that calls must carry (authorization: Bearer API_KEY), probes aside; default GLMJAX_API_KEY, else none.
+        ssl_certfile: PEM chain of the certificate, for TLS.
+        ssl_keyfile: PEM of its private key.
+        ssl_ca_certs: PEM of the CAs that clients' certificates must be from, for mutual TLS.
+        decode_log_interval: dispatches of decoding in a line of the log.
         enable_metrics: answer Prometheus at http://HOST:METRICS_PORT/metrics.
         metrics_port: where.
         log_level: least of what is logged.
@@ -75,6 +81,12 @@ class Arguments:
     stream_holdback: int = 0
     drain_seconds: float = 30.0
     compilation_cache: Path | None = None
+    watchdog_timeout: float = 300.0
+    api_key: str | None = None
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    ssl_ca_certs: Path | None = None
+    decode_log_interval: int = 40
     enable_metrics: tyro.conf.FlagCreatePairsOff[bool] = False
     metrics_port: int = 9090
     log_level: Annotated[Literal["debug", "info", "warning", "error"], tyro.conf.arg(metavar="LEVEL")] = "info"
@@ -86,6 +98,11 @@ class Arguments:
             raise ValueError(
                 f"--stream-holdback {self.stream_holdback}, --drain-seconds {self.drain_seconds} and --hicache-size "
                 f"{self.hicache_size} must not be negative"
+            )
+        if self.watchdog_timeout <= 0 or self.decode_log_interval < 1:
+            raise ValueError(
+                f"--watchdog-timeout {self.watchdog_timeout} and --decode-log-interval {self.decode_log_interval} must be "
+                "positive"
             )
         if self.max_total_tokens is not None and self.max_total_tokens < self.page_size:
             raise ValueError(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import logging
+import os
 import signal
 import threading
 import time
@@ -19,16 +21,21 @@ from smg_grpc_proto import vllm_engine_pb2_grpc
 from glmjax.kept_programs import compilation_cache
 from glmjax.serving.engine import Engine
 from glmjax.worker.arguments import Arguments
+from glmjax.worker.batch_log import BatchLog
 from glmjax.worker.protocol import SERVICE
+from glmjax.worker.security import Bearer, credentials
 from glmjax.worker.service import Service
 
 _LOG = logging.getLogger(__name__)
 _MESSAGE_BYTES = 64 << 20
+_WATCH_SECONDS = 0.5
 _GRACE_SECONDS = 2.0
 """For answers on their way, once nothing is under way any more."""
 _OPTIONS = (
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),  # connections whose other end is gone are closed
+    ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
@@ -52,7 +59,8 @@ class Worker:
     def __init__(self, arguments: Arguments, make_engine: Callable[[], Engine] | None = None):
         self._arguments, self._make_engine = arguments, make_engine or (lambda: engine_of(arguments))
         self.service = Service(arguments.card(), arguments.stream_holdback)
-        self._server = grpc.aio.server(options=_OPTIONS)
+        key = arguments.api_key or os.environ.get("GLMJAX_API_KEY")
+        self._server = grpc.aio.server(options=_OPTIONS, interceptors=[Bearer(key)] if key else [])
         self._health = health.aio.HealthServicer()
         self._leaving = asyncio.Event()
         self._engine: Engine | None = None
@@ -81,14 +89,39 @@ class Worker:
                 self.service.serve(self._engine)
                 await self._health.set(SERVICE, _SERVING)
                 _LOG.info("ready after %.1f s", time.monotonic() - began)
-                await leaving
-            finally:
-                await self._drain()
+                watching = asyncio.create_task(self._watch())
+                await asyncio.wait([leaving, watching], return_when=asyncio.FIRST_COMPLETED)
+                if watching.done():
+                    return await self._die(watching.result())
+                watching.cancel()
+            except BaseException:
+                await self._server.stop(0)
+                raise
+            await self._drain()
         return 0
 
     def leave(self) -> None:
         """Begin to drain."""
         self._leaving.set()
+
+    async def _watch(self) -> str:
+        """Why the engine cannot go on, once it cannot."""
+        timeout = self._arguments.watchdog_timeout
+        while self._engine.alive:
+            if self._engine.stalled_seconds > timeout:
+                return f"a step of the engine has not ended after --watchdog-timeout {timeout:.0f} s"
+            await asyncio.sleep(min(_WATCH_SECONDS, timeout))
+        return "the engine's thread has ended"
+
+    async def _die(self, reason: str) -> int:
+        """Say why, and leave at once: who has requests here sends them elsewhere."""
+        _LOG.critical("%s; leaving", reason)
+        faulthandler.dump_traceback(all_threads=True)
+        self.service.refuse("failed")
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(0)
+        await asyncio.to_thread(self._close_metrics)
+        return 1
 
     async def _listen(self) -> None:
         vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(self.service, self._server)
@@ -97,8 +130,11 @@ class Worker:
         await self._health.set("", _SERVING)
         await self._health.set(SERVICE, _NOT_SERVING)
         address = f"{self._arguments.host}:{self._arguments.port}"
+        files = self._arguments
+        secure = credentials(files.ssl_certfile, files.ssl_keyfile, files.ssl_ca_certs)
         try:
-            self.port = self._server.add_insecure_port(address)
+            add = self._server.add_insecure_port if secure is None else self._server.add_secure_port
+            self.port = add(address, *(() if secure is None else (secure,)))
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}; give another --host or --port") from error
         await self._server.start()
@@ -194,7 +230,7 @@ def engine_of(arguments: Arguments) -> Engine:
     glm = arguments.model()
     loaded = time.monotonic()
     config = arguments.engine(glm, jax.default_backend() == "gpu")
-    engine = Engine(glm, config, progress=True)
+    engine = Engine(glm, config, progress=True, observer=BatchLog(arguments.decode_log_interval))
     stats = engine.stats()
     _LOG.info(
         "%s: loaded in %.1f s; %d programs in %.1f s, kept in %s",

@@ -4,57 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
 
 from glmjax.serving.errors import ClosedError
 from glmjax.serving.stream import Stream
 
 
 class Live:
-    """The requests of one worker. Only its event loop calls it."""
+    """The requests of one worker. Only its event loop calls it, and the requests'."""
 
     def __init__(self):
-        self._streams: dict[str, Stream | None] = {}
+        self._requests: dict[str, LiveRequest] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
     def __len__(self) -> int:
-        return len(self._streams)
+        return len(self._requests)
 
-    @contextlib.contextmanager
-    def entered(self, name: str) -> Iterator[None]:
-        """A request is under way for as long as this context lasts; then it is over, whatever became of it.
+    def enter(self, name: str) -> LiveRequest:
+        """A request is under way from now on, until it leaves.
 
         Raises:
             ValueError: another one of this name is under way.
         """
-        if name in self._streams:
+        if name in self._requests:
             raise ValueError(f"request_id {name[:100]!r} is under way already; give each request its own")
-        self._streams[name] = None
+        request = self._requests[name] = LiveRequest(self, name)
         self._idle.clear()
-        try:
-            yield
-        finally:
-            _cancel(self._streams.pop(name))
-            if not self._streams:
-                self._idle.set()
-
-    def attach(self, name: str, stream: Stream) -> None:
-        """What a request is read from; one that is over is cancelled."""
-        if name in self._streams:
-            self._streams[name] = stream
-        else:
-            _cancel(stream)
+        return request
 
     def abort(self, name: str) -> bool:
         """End a request where it is; whether it was under way."""
-        stream = self._streams.get(name)
-        _cancel(stream)
-        return stream is not None
+        if (request := self._requests.get(name)) is None:
+            return False
+        request.abort()
+        return True
 
     async def idle(self, timeout: float) -> bool:
         """Wait until nothing is under way, so many seconds at most; whether that is so."""
-        if not self._streams:
+        if not self._requests:
             return True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout)
@@ -62,9 +49,40 @@ class Live:
             return False
         return True
 
+    def _leave(self, request: LiveRequest) -> None:
+        if self._requests.get(request.name) is request:
+            del self._requests[request.name]
+        if not self._requests:
+            self._idle.set()
 
-def _cancel(stream: Stream | None) -> None:
-    """One that has ended stays as it is."""
-    if stream is not None:
-        with contextlib.suppress(ClosedError):
-            stream.cancel()
+
+class LiveRequest:
+    """A request under way.
+
+    Args:
+        live: among which.
+        name: the client's id for it.
+    """
+
+    def __init__(self, live: Live, name: str):
+        self.name = name
+        self._live, self._aborted = live, False
+        self._stream: Stream | None = None
+
+    def attach(self, stream: Stream) -> None:
+        """What it is read from; cancelled at once if it has been aborted, or has left, meanwhile."""
+        self._stream = stream
+        if self._aborted:
+            self.abort()
+
+    def abort(self) -> None:
+        """End it where it is; what has ended stays as it is."""
+        self._aborted = True
+        if self._stream is not None:
+            with contextlib.suppress(ClosedError):
+                self._stream.cancel()
+
+    def leave(self) -> None:
+        """It is over, whatever became of it."""
+        self.abort()
+        self._live._leave(self)

@@ -11,15 +11,14 @@ from collections.abc import Iterable
 
 from smg_grpc_proto import vllm_engine_pb2 as pb
 
-from glmjax.model.sampling_params import MAX_LOGPROBS, SamplingParams
+from glmjax.model.sampling_params import SamplingParams
 from glmjax.serving.stream import Chunk, Score, Statistics
+from glmjax.wire import logprobs_of, sampling_params_of
 
 SERVICE = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 
 MAX_N = 128
 """Most sequences of a request (OpenAI's limit)."""
-MAX_STOPS, MAX_STOP_LENGTH = 64, 1024
-"""Stop strings of a request, and characters of each: every token's text is compared with all of them."""
 
 _FINISH_REASONS = {"stop": "stop", "length": "length", "cancelled": "abort"}
 
@@ -66,58 +65,7 @@ def asked_of(request: pb.GenerateRequest) -> Asked:
     n = given.n or 1
     if n > MAX_N:
         raise ValueError(f"n {n} exceeds {MAX_N}; send several requests")
-    return Asked(prompt, sampling_params_of(given), n, _logprobs(given, "prompt_logprobs"), _keep(given))
-
-
-def sampling_params_of(given: pb.SamplingParams) -> SamplingParams:
-    """How to sample and when to stop, as vLLM's servicer understands it.
-
-    Raises:
-        ValueError: too many stop strings, too many logprobs, or choices that are none.
-    """
-    if len(given.stop) > MAX_STOPS or any(len(text) > MAX_STOP_LENGTH for text in given.stop):
-        raise ValueError(
-            f"stop has {len(given.stop)} strings of up to {max(map(len, given.stop))} characters; give at most "
-            f"{MAX_STOPS} of {MAX_STOP_LENGTH}"
-        )
-    return SamplingParams(
-        max_new_tokens=given.max_tokens if given.HasField("max_tokens") else None,
-        min_new_tokens=given.min_tokens,
-        temperature=given.temperature if given.HasField("temperature") else 1.0,
-        top_k=given.top_k,
-        top_p=given.top_p or 1.0,
-        min_p=given.min_p,
-        repetition_penalty=given.repetition_penalty or 1.0,
-        frequency_penalty=given.frequency_penalty,
-        presence_penalty=given.presence_penalty,
-        logit_bias=dict(given.logit_bias),
-        seed=given.seed % 2**32 if given.HasField("seed") else None,
-        logprobs=_logprobs(given, "logprobs"),
-        stop=tuple(given.stop),
-        stop_token_ids=tuple(given.stop_token_ids),
-        ignore_eos=given.ignore_eos,
-        include_stop_str_in_output=given.include_stop_str_in_output,
-        **_constraint(given),
-    )
-
-
-def _constraint(given: pb.SamplingParams) -> dict[str, str | tuple[str, ...]]:
-    kind = given.WhichOneof("constraint")
-    if kind is None or (kind == "json_object" and not given.json_object):
-        return {}
-    if kind == "json_object":
-        return {"json_schema": '{"type": "object"}'}
-    if kind == "choice":
-        return {"choice": tuple(given.choice.choices)}
-    return {kind: getattr(given, kind)}
-
-
-def _logprobs(given: pb.SamplingParams, name: str) -> int | None:
-    if not given.HasField(name):
-        return None
-    if not 0 <= (asked := getattr(given, name)) <= MAX_LOGPROBS:
-        raise ValueError(f"{name} {asked} is outside 0..{MAX_LOGPROBS}; ask for at most {MAX_LOGPROBS} alternatives")
-    return asked
+    return Asked(prompt, sampling_params_of(given), n, logprobs_of(given, "prompt_logprobs"), _keep(given))
 
 
 def _keep(given: pb.SamplingParams) -> int | None:

@@ -20,9 +20,10 @@ from smg_grpc_proto.generated import common_pb2
 
 from glmjax.glm import GLM
 from glmjax.serving.engine import Engine
+from glmjax.serving.events import LostError
 from glmjax.serving.stream import Stream
 from glmjax.worker.cache_events import followed
-from glmjax.worker.live import Live
+from glmjax.worker.live import Live, LiveRequest
 from glmjax.worker.metrics import Metrics
 from glmjax.worker.profiling import Profiler
 from glmjax.worker.protocol import Asked, Telling, asked_of
@@ -108,17 +109,21 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         engine, name = await self._serving(), request.request_id or uuid.uuid4().hex
-        with self.live.entered(name):
-            asked = asked_of(request)
-            stream = await self._begin(engine, name, asked, request.stream, context.time_remaining())
-            eos, timed = engine.glm.stops.token_ids, self.metrics.request(asked.n)
-            telling = [Telling(i, stream=request.stream, prompt=None, eos=eos) for i in range(asked.n)]
-            async for chunk in stream:
-                timed.push(chunk)
-                for response in telling[chunk.index].responses(chunk):
-                    yield response
+        live = self.live.enter(name)
+        # However the call ends: its generator may be left at a `yield` that nobody comes back to.
+        context.add_done_callback(lambda _: live.leave())
+        asked = asked_of(request)
+        stream = await self._begin(engine, live, asked, request.stream, context.time_remaining())
+        eos, timed = engine.glm.stops.token_ids, self.metrics.request(asked.n)
+        telling = [Telling(i, stream=request.stream, prompt=None, eos=eos) for i in range(asked.n)]
+        async for chunk in stream:
+            timed.push(chunk)
+            for response in telling[chunk.index].responses(chunk):
+                yield response
 
-    async def _begin(self, engine: Engine, name: str, asked: Asked, stream: bool, timeout: float | None) -> Stream:
+    async def _begin(
+        self, engine: Engine, live: LiveRequest, asked: Asked, stream: bool, timeout: float | None
+    ) -> Stream:
         """Hand a request to the engine, from a thread: text and grammars take their time."""
 
         def begin() -> Stream:
@@ -128,7 +133,7 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
 
         begun = asyncio.ensure_future(asyncio.to_thread(begin))
         # Also when nobody waits for it any more: then it is cancelled.
-        begun.add_done_callback(lambda begun: begun.exception() or self.live.attach(name, begun.result()))
+        begun.add_done_callback(lambda begun: begun.exception() or live.attach(begun.result()))
         return await asyncio.shield(begun)
 
     async def _serving(self) -> Engine:
@@ -141,7 +146,8 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
     async def HealthCheck(
         self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> pb.HealthCheckResponse:
-        """Whether requests are taken."""
+        """Whether requests are taken. Before there is an engine the call fails: gateways register whom they get an answer from."""
+        await self._told(context)
         refusal = self._refusal
         return pb.HealthCheckResponse(healthy=refusal is None, message="serving" if refusal is None else str(refusal))
 
@@ -205,10 +211,17 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
     ) -> AsyncIterator[common_pb2.KvEventBatch]:
         """What comes into the cache and leaves it, without end."""
         engine = await self._told(context)
-        await context.send_initial_metadata(())  # else who subscribes waits for the first batch
+        start = request.start_sequence_number
         try:
-            async for batch in followed(engine, request.start_sequence_number):
+            if start:
+                engine.events.after(start)  # refused at once, where the gateway expects it
+            await context.send_initial_metadata(())  # else who subscribes waits for the first batch
+            async for batch in followed(engine, start):
+                start = batch.sequence_number
                 yield batch
+        except LostError as error:
+            code = grpc.StatusCode.OUT_OF_RANGE if start == request.start_sequence_number else grpc.StatusCode.DATA_LOSS
+            await context.abort(code, str(error), ((REASON, "lost"),))
         except Exception as error:
             await _end(context, error)
 

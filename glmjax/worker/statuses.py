@@ -14,7 +14,6 @@ from glmjax.serving.errors import (
     QueueFullError,
     UnavailableError,
 )
-from glmjax.serving.events import LostError
 
 REASON, GOOD_TOKENS, RETRY_AFTER = "glmjax-reason", "glmjax-good-tokens", "glmjax-retry-after-ms"
 _LONGEST = 1000
@@ -26,11 +25,13 @@ class NotServingError(UnavailableError):
     """The worker takes no requests: not yet, or not any more.
 
     Attributes:
-        reason: "starting" or "draining".
+        reason: "starting", "draining" or "failed".
     """
 
     def __init__(self, reason: str):
-        super().__init__(f"this worker is {reason}; send the request to another replica")
+        super().__init__(
+            f"this worker {'has failed' if reason == 'failed' else f'is {reason}'}; send the request to another replica"
+        )
         self.reason = reason
 
 
@@ -71,8 +72,6 @@ def _kind(error: BaseException) -> tuple[StatusCode, str, tuple[tuple[str, str],
             return StatusCode.RESOURCE_EXHAUSTED, "queue_full", retry
         case DeadlineError():
             return StatusCode.DEADLINE_EXCEEDED, "deadline", ()
-        case LostError():
-            return StatusCode.OUT_OF_RANGE, "lost", ()
         case GrammarError():
             return StatusCode.INVALID_ARGUMENT, "grammar", ()
         case ValueError():

@@ -9,7 +9,8 @@ import glmjax.evaluation.coupling as module
 from glmjax.evaluation.coupling import COUPLINGS, coupling, rejection, shared_noise
 from glmjax.evaluation.rollout import Continued, continued
 from glmjax.model.cache import ContiguousCache
-from glmjax.model.sampling_params import SamplingParams, SamplingState
+from glmjax.model.sampling_params import SamplingParams
+from glmjax.model.sampling_state import SamplingState
 from glmjax.speculation import DecodeState, _draft, prefill
 
 

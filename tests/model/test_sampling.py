@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from glmjax.model.sampling import gumbel_noise, logprobs, observe, process, sample
-from glmjax.model.sampling_params import SamplingParams, SamplingState
+from glmjax.model.sampling_params import SamplingParams
+from glmjax.model.sampling_state import SamplingState
 
 V, B = 50, 4
 INF, NAN = math.inf, math.nan

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glmjax.model.sampling_params import SamplingParams, SamplingState
+from glmjax.model.sampling_params import SamplingParams
+from glmjax.model.sampling_state import SamplingState
 from glmjax.serving import pages, slots
 from glmjax.serving.pages import OK, PagedCache, PageRecords, PageTable
 from glmjax.serving.pool import Lease, Pool

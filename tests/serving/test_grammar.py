@@ -16,7 +16,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from glmjax.glm import GLM
 from glmjax.model.grammar import Matcher, words_of
 from glmjax.model.sampling import allow, noisy, observe
-from glmjax.model.sampling_params import SamplingParams, SamplingState
+from glmjax.model.sampling_params import SamplingParams
+from glmjax.model.sampling_state import SamplingState
 from glmjax.model.stops import Stops
 from glmjax.model.tokenizer import Tokenizer
 from glmjax.model.transformer import Transformer

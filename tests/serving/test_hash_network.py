@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from glmjax.model.cache import ContiguousCache, last_token
-from glmjax.model.sampling_params import SamplingParams, SamplingState
+from glmjax.model.sampling_params import SamplingParams
+from glmjax.model.sampling_state import SamplingState
 from glmjax.speculation import begin, prefill, speculate
 from tests.serving.hash_network import CONFIG, VOCAB, HashNetwork, Oracle
 

@@ -16,7 +16,8 @@ import pytest
 from scipy.stats import chi2
 
 from glmjax.model.sampling import process
-from glmjax.model.sampling_params import SamplingParams, SamplingState
+from glmjax.model.sampling_params import SamplingParams
+from glmjax.model.sampling_state import SamplingState
 from glmjax.serving.pages import OK, PagedCache, PageTable
 from glmjax.serving.programs import Batch, Chunks, decode_rounds, read_chunks
 from glmjax.serving.slots import Slots

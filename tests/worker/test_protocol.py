@@ -9,7 +9,8 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 
 from glmjax.model.sampling_params import SamplingParams
 from glmjax.serving.stream import Chunk, Score, Statistics
-from glmjax.worker.protocol import MAX_STOPS, Telling, asked_of, input_logprobs, sampling_params_of
+from glmjax.wire import MAX_STOPS, message_of, sampling_params_of
+from glmjax.worker.protocol import Telling, asked_of, input_logprobs
 
 VOCAB = 4096
 
@@ -149,6 +150,41 @@ def test_a_message_gives_parameters_that_hold_or_a_value_error(message):
     assert 0 <= asked.params.temperature < float("inf")
     assert 1 <= asked.n <= 128
     assert all(0 <= token < VOCAB for token in asked.params.stop_token_ids)
+
+
+HALVES = st.floats(0.125, 2, width=32)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "max_new_tokens": st.integers(1, 2**31),
+            "min_new_tokens": st.integers(0, 9),
+            "temperature": HALVES | st.just(0.0),
+            "top_k": st.integers(0, 2**31),
+            "top_p": st.floats(0.125, 1, width=32),
+            "min_p": st.floats(0, 1, width=32),
+            "repetition_penalty": HALVES,
+            "frequency_penalty": HALVES,
+            "presence_penalty": HALVES,
+            "logit_bias": st.dictionaries(st.integers(0, VOCAB), HALVES, max_size=2),
+            "seed": UINT32,
+            "logprobs": st.integers(0, 20),
+            "stop": st.lists(st.text(min_size=1, max_size=3), max_size=2).map(tuple),
+            "stop_token_ids": st.lists(st.integers(0, VOCAB), max_size=2).map(tuple),
+            "ignore_eos": st.booleans(),
+            "include_stop_str_in_output": st.booleans(),
+        },
+    ),
+    st.sampled_from(
+        [{}, {"json_schema": "{}"}, {"regex": "a"}, {"grammar": "x"}, {"choice": ("a", "b")}, {"structural_tag": "{}"}]
+    ),
+)
+def test_parameters_come_back_from_their_message(fields, constraint):
+    params = SamplingParams(**fields, **constraint)
+    assert sampling_params_of(message_of(params)) == params
 
 
 # Responses

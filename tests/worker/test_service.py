@@ -1,72 +1,23 @@
 """The service as clients meet it: through a channel, from a process' own worker, whose engine is a real one."""
 
-import asyncio
 import hashlib
 import io
+import re
 import threading
-import time
 import zipfile
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from smg_grpc_proto import vllm_engine_pb2 as pb
-from smg_grpc_proto import vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 
 from glmjax.serving.engine import Engine
-from glmjax.worker.arguments import Arguments
-from glmjax.worker.lifecycle import Worker
+from glmjax.worker.batch_log import BatchLog
 from glmjax.worker.protocol import SERVICE
 from tests.serving.test_events import Follower
 from tests.serving.test_grammar import CONFIG, LENGTH, glm
-
-PROMPT = "give me "
-SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-class Running:
-    """A worker in a thread, and stubs to call it."""
-
-    def __init__(self, drain_seconds=10.0, make=lambda: Engine(glm(), CONFIG)):
-        self.loop, self.status, listening = None, None, threading.Event()
-        arguments = Arguments(port=0, drain_seconds=drain_seconds)
-
-        def made():
-            listening.set()  # the port is open before the engine is made
-            self.engine = make()
-            return self.engine
-
-        async def main():
-            self.loop, self.worker = asyncio.get_running_loop(), Worker(arguments, made)
-            return await self.worker.run()
-
-        def run():
-            self.status = asyncio.run(main())
-
-        self.thread = threading.Thread(target=run, daemon=True)
-        self.thread.start()
-        assert listening.wait(60)
-        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.worker.port}")
-        self.stub = vllm_engine_pb2_grpc.VllmEngineStub(self.channel)
-        self.health = health_pb2_grpc.HealthStub(self.channel)
-
-    def serving(self, service=SERVICE):
-        return self.health.Check(health_pb2.HealthCheckRequest(service=service)).status
-
-    def ready(self):
-        while self.serving() != SERVING:
-            time.sleep(0.02)
-        return self
-
-    def leave(self):
-        self.loop.call_soon_threadsafe(self.worker.leave)
-
-    def closed(self):
-        self.thread.join(60)
-        self.channel.close()
-        return self.status
+from tests.worker.running import NOT_SERVING, PROMPT, SERVING, Running, alone, asked, complete, endless, failure, until
 
 
 @pytest.fixture(scope="module")
@@ -84,32 +35,6 @@ def nothing_is_left(running):
     until(lambda: running.engine.stats().running + running.engine.stats().waiting == 0)
     stats = running.engine.stats()
     assert stats.free_pages + stats.cached_pages == stats.pages
-
-
-def until(true, seconds=30):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.005)
-
-
-def asked(text=PROMPT, stream=False, name="", **sampling):
-    fields = {"temperature": 1.2, "seed": 3, "max_tokens": 12} | sampling
-    return pb.GenerateRequest(request_id=name, text=text, stream=stream, sampling_params=pb.SamplingParams(**fields))
-
-
-def alone(text=PROMPT, **fields):
-    return glm().generate(text, temperature=1.2, seed=3, max_new_tokens=12, **fields).finish().ids
-
-
-def complete(running, request):
-    return [response.complete for response in running.stub.Generate(request) if response.HasField("complete")]
-
-
-def failure(call):
-    with pytest.raises(grpc.RpcError) as error:
-        list(call)
-    return error.value.code(), dict(error.value.trailing_metadata()).get("glmjax-reason"), error.value.details()
 
 
 # Generate
@@ -204,10 +129,6 @@ def test_bad_input_is_refused_with_value_and_limit(running, request_, complaint)
 
 
 # Leaving
-
-
-def endless(name=""):
-    return asked(stream=True, name=name, ignore_eos=True, max_tokens=LENGTH)
 
 
 def test_a_client_that_leaves_leaves_nothing_behind(running):
@@ -409,5 +330,39 @@ def test_who_takes_too_long_to_leave_is_sent_elsewhere():
 def test_a_worker_that_leaves_early_does_not_wait_for_its_programs():
     forever = threading.Event()
     running = Running(make=forever.wait)
+    running.leave()
+    assert running.closed() == 0
+
+
+def test_an_engine_that_cannot_go_on_ends_the_worker(monkeypatch):
+    running = Running().ready()
+    monkeypatch.setattr(running.engine, "_make_state", lambda: 1 / 0)  # what a failed step needs
+    monkeypatch.setattr(running.engine._scheduler, "plan", lambda now: 1 / 0)
+    code, reason, details = failure(running.stub.Generate(asked()))
+    assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "engine")
+    assert details
+    assert running.closed() == 1
+
+
+def test_a_step_that_does_not_end_ends_the_worker(monkeypatch):
+    running = Running(watchdog_timeout=0.2).ready()
+    go = threading.Event()
+    monkeypatch.setattr(running.engine._scheduler, "plan", lambda now: go.wait(60) and None)
+    assert failure(running.stub.Generate(asked()))[0] is grpc.StatusCode.UNAVAILABLE
+    assert running.closed() == 1
+    go.set()
+
+
+def test_batches_are_told_in_the_log(caplog):
+    with caplog.at_level("INFO", "glmjax.worker.batch_log"):
+        running = Running(make=lambda: Engine(glm(), CONFIG, observer=BatchLog(every=2))).ready()
+        complete(running, asked("abcdefgh" * 2))
+        complete(running, asked("abcdefgh" * 2 + "x"))
+    lines = [record.getMessage() for record in caplog.records if record.name == "glmjax.worker.batch_log"]
+    prefills, decodes = ([line for line in lines if line.startswith(kind)] for kind in ("Prefill", "Decode"))
+    assert sum(int(re.search(r"#new-seq: (\d+)", line)[1]) for line in prefills) == 2
+    assert any("#cached-token: 8" in line or "#cached-token: 16" in line for line in prefills)
+    assert all(re.search(r"accept len: \d\.\d\d, gen throughput \(token/s\): [1-9]", line) for line in decodes)
+    assert decodes
     running.leave()
     assert running.closed() == 0

@@ -11,7 +11,6 @@ from glmjax.serving.errors import (
     QueueFullError,
     UnavailableError,
 )
-from glmjax.serving.events import LostError
 from glmjax.worker.statuses import NotServingError, status_of
 
 
@@ -25,7 +24,6 @@ from glmjax.worker.statuses import NotServingError, status_of
             "RESOURCE_EXHAUSTED",
             {"glmjax-reason": "queue_full", "glmjax-retry-after-ms": "1000"},
         ),
-        (LostError("batch 3"), "OUT_OF_RANGE", {"glmjax-reason": "lost"}),
         (DeadlineError("late"), "DEADLINE_EXCEEDED", {"glmjax-reason": "deadline"}),
         (AnomalyError("short", 7), "UNAVAILABLE", {"glmjax-reason": "anomaly", "glmjax-good-tokens": "7"}),
         (UnavailableError("lost"), "UNAVAILABLE", {"glmjax-reason": "engine"}),

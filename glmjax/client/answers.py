@@ -1,0 +1,134 @@
+"""What a worker's responses say: pieces of text as they come, and whole answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+from smg_grpc_proto import vllm_engine_pb2 as pb
+
+from glmjax.model.stops import StopMatcher
+from glmjax.model.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenScore:
+    """The model's own opinion of a token, before penalties and temperature.
+
+    Attributes:
+        logprob: log of its probability.
+        top: the best alternatives (id, logprob), as many as were asked for.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Some tokens of a sequence.
+
+    Attributes:
+        text: what can be shown now.
+        ids: new tokens.
+        index: which of the n sequences.
+        scores: one for each token, where logprobs were asked for.
+        finish_reason: "stop", "length" or "abort" with the last piece, else None.
+        prompt_tokens: of the prompt.
+        cached_tokens: of these, found in the cache.
+    """
+
+    text: str
+    ids: tuple[int, ...] = ()
+    index: int = 0
+    scores: tuple[TokenScore, ...] = ()
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A whole sequence.
+
+    Attributes:
+        text: without what ended it.
+        ids: its tokens, a final stop token included.
+        finish_reason: "stop", "length" or "abort".
+        scores: one for each token, where logprobs were asked for.
+        prompt_tokens: of the prompt.
+        cached_tokens: of these, found in the cache.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    finish_reason: str
+    scores: tuple[TokenScore, ...]
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class Reading:
+    """Of one request's responses.
+
+    Args:
+        tokenizer: the worker's, for text; None for none.
+        ends: tokens that have no text: what ended a sequence.
+        stops: stop strings.
+        include_stop: leave a stop string at the end of the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, ends: frozenset[int], stops: Iterable[str], include_stop: bool):
+        self._tokenizer, self._ends, self._stops, self._include = tokenizer, ends, tuple(stops), include_stop
+        self._texts: dict[int, _Text] = {}
+
+    def piece(self, response: pb.GenerateResponse) -> Piece:
+        """What a response of a stream says."""
+        told = getattr(response, response.WhichOneof("response"))
+        text = self._texts.setdefault(told.index, _Text(self))
+        counts = {"index": told.index, "prompt_tokens": told.prompt_tokens, "cached_tokens": told.cached_tokens}
+        if response.HasField("complete"):
+            return Piece(text.end(), finish_reason=told.finish_reason, **counts)
+        return Piece(text.push(told.token_ids), tuple(told.token_ids), scores=_scores(told.output_logprobs), **counts)
+
+    def answer(self, complete: pb.GenerateComplete) -> Answer:
+        """What the only response of a sequence that is not streamed says."""
+        text = _Text(self)
+        return Answer(
+            text=text.push(complete.output_ids) + text.end(),
+            ids=tuple(complete.output_ids),
+            finish_reason=complete.finish_reason,
+            scores=_scores(complete.output_logprobs),
+            prompt_tokens=complete.prompt_tokens,
+            cached_tokens=complete.cached_tokens,
+        )
+
+
+class _Text:
+    """Of one sequence."""
+
+    def __init__(self, reading: Reading):
+        self._ends = reading._ends
+        self._detokenizer = reading._tokenizer.detokenizer() if reading._tokenizer else None
+        self._strings = StopMatcher(reading._stops, reading._include)
+
+    def push(self, ids: Iterable[int]) -> str:
+        if self._detokenizer is None:
+            return ""
+        text = "".join(self._detokenizer.push(token) for token in ids if token not in self._ends)
+        return self._strings.push(text)[0]
+
+    def end(self) -> str:
+        if self._detokenizer is None:
+            return ""
+        text, _ = self._strings.push(self._detokenizer.flush())
+        return text + self._strings.flush()
+
+
+def _scores(told: pb.OutputLogProbs) -> tuple[TokenScore, ...]:
+    def alternatives() -> Iterator[tuple[tuple[int, float], ...]]:
+        for top in told.top_logprobs:
+            yield tuple(zip(top.token_ids, top.values, strict=True))
+        yield from [()] * (len(told.token_logprobs) - len(told.top_logprobs))
+
+    return tuple(map(TokenScore, told.token_logprobs, alternatives()))
