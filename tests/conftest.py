@@ -7,6 +7,7 @@ What one process has compiled, the others load: programs are kept for as long as
 import gc
 import os
 import tempfile
+import threading
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
@@ -52,6 +53,13 @@ def room_for_programs(compiled_once):
         compiled_once.clear()
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engines_are_closed():
+    """What runs on would disturb the tests after it: checks of annotations draw numbers that Hypothesis sees."""
+    yield
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("glmjax")]
 
 
 def pytest_collection_modifyitems(config, items):

@@ -332,6 +332,7 @@ def test_a_worker_that_leaves_early_does_not_wait_for_its_programs():
     running = Running(make=forever.wait)
     running.leave()
     assert running.closed() == 0
+    forever.set()
 
 
 def test_an_engine_that_cannot_go_on_ends_the_worker(monkeypatch):
@@ -351,6 +352,7 @@ def test_a_step_that_does_not_end_ends_the_worker(monkeypatch):
     assert failure(running.stub.Generate(asked()))[0] is grpc.StatusCode.UNAVAILABLE
     assert running.closed() == 1
     go.set()
+    running.engine.close()
 
 
 def test_batches_are_told_in_the_log(caplog):
