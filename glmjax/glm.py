@@ -196,13 +196,15 @@ class GLM:
 
         Raises:
             ValueError: bad parameters, an empty prompt, an id outside the vocabulary, more tokens than the context has, or a
-                grammar, which `glmjax.Engine` serves.
+                grammar or logprobs of the prompt, which `glmjax.Engine` serves.
         """
         asked = self.asked(prompt, params, template=template, **fields)
         if asked.matcher is not None:
             raise ValueError(
                 f"{asked.params.constraint} needs an engine: glmjax.Engine(glm, EngineConfig(grammars=True)).generate(…)"
             )
+        if asked.params.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs needs an engine: glmjax.Engine(glm).generate(…)")
         return Generation(
             self.weights, asked.ids, asked.params, asked.stops, self.tokenizer, asked.new_tokens, self.kv_cache_dtype
         )
@@ -238,7 +240,7 @@ class GLM:
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; this model was loaded without one")
         stops = self.stops.extended(params.stop_token_ids, params.stop, params.ignore_eos)
-        matcher = self.grammars.matcher(params) if params.constraint else None
+        matcher = self.grammars.matcher(params, ids) if params.constraint else None
         return Asked(ids, params, stops, params.max_new_tokens or room, matcher)
 
     def infill(self, prefix: str, suffix: str = "", params: SamplingParams | None = None, **fields: Any) -> Generation:

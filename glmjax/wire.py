@@ -39,11 +39,13 @@ def sampling_params_of(given: pb.SamplingParams) -> SamplingParams:
         presence_penalty=given.presence_penalty,
         logit_bias=dict(given.logit_bias),
         seed=given.seed % 2**32 if given.HasField("seed") else None,
-        logprobs=logprobs_of(given, "logprobs"),
+        logprobs=_logprobs(given, "logprobs"),
+        prompt_logprobs=_logprobs(given, "prompt_logprobs"),
         stop=tuple(given.stop),
         stop_token_ids=tuple(given.stop_token_ids),
         ignore_eos=given.ignore_eos,
         include_stop_str_in_output=given.include_stop_str_in_output,
+        grammar_from_first_token=given.grammar_from_first_token,
         **_constraint(given),
     )
 
@@ -72,10 +74,12 @@ def message_of(params: SamplingParams, n: int = 1) -> pb.SamplingParams:
         logit_bias=params.logit_bias,
         seed=None if params.seed is None else (params.seed + 2**31) % 2**32 - 2**31,
         logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
         stop=params.stop,
         stop_token_ids=params.stop_token_ids,
         ignore_eos=params.ignore_eos,
         include_stop_str_in_output=params.include_stop_str_in_output,
+        grammar_from_first_token=params.grammar_from_first_token,
         json_schema=schema if schema is None or isinstance(schema, str) else json.dumps(dict(schema)),
         regex=params.regex,
         grammar=params.grammar,
@@ -96,12 +100,8 @@ def _constraint(given: pb.SamplingParams) -> dict[str, str | tuple[str, ...]]:
     return {kind: getattr(given, kind)}
 
 
-def logprobs_of(given: pb.SamplingParams, name: str) -> int | None:
-    """Alternatives that a field asks for; None where it is not set.
-
-    Raises:
-        ValueError: more than there are.
-    """
+def _logprobs(given: pb.SamplingParams, name: str) -> int | None:
+    """Alternatives that a field asks for; None where it is not set."""
     if not given.HasField(name):
         return None
     if not 0 <= (asked := getattr(given, name)) <= MAX_LOGPROBS:

@@ -58,6 +58,7 @@ class Answer:
         scores: one for each token, where logprobs were asked for.
         prompt_tokens: of the prompt.
         cached_tokens: of these, found in the cache.
+        prompt_scores: of the prompt's tokens from the second on, where they were asked for.
     """
 
     text: str
@@ -66,6 +67,7 @@ class Answer:
     scores: tuple[TokenScore, ...]
     prompt_tokens: int
     cached_tokens: int
+    prompt_scores: tuple[TokenScore, ...] = ()
 
 
 class Reading:
@@ -101,6 +103,7 @@ class Reading:
             scores=_scores(complete.output_logprobs),
             prompt_tokens=complete.prompt_tokens,
             cached_tokens=complete.cached_tokens,
+            prompt_scores=_prompt_scores(complete.input_logprobs),
         )
 
 
@@ -126,9 +129,15 @@ class _Text:
 
 
 def _scores(told: pb.OutputLogProbs) -> tuple[TokenScore, ...]:
-    def alternatives() -> Iterator[tuple[tuple[int, float], ...]]:
-        for top in told.top_logprobs:
-            yield tuple(zip(top.token_ids, top.values, strict=True))
-        yield from [()] * (len(told.token_logprobs) - len(told.top_logprobs))
+    return tuple(map(TokenScore, told.token_logprobs, _alternatives(told)))
 
-    return tuple(map(TokenScore, told.token_logprobs, alternatives()))
+
+def _prompt_scores(told: pb.InputLogProbs) -> tuple[TokenScore, ...]:
+    """Of all tokens but the first, which has none."""
+    return tuple(map(TokenScore, (score.value for score in told.token_logprobs), _alternatives(told)))[1:]
+
+
+def _alternatives(told: pb.OutputLogProbs | pb.InputLogProbs) -> Iterator[tuple[tuple[int, float], ...]]:
+    for top in told.top_logprobs:
+        yield tuple(zip(top.token_ids, top.values, strict=True))
+    yield from [()] * (len(told.token_logprobs) - len(told.top_logprobs))

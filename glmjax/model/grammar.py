@@ -12,13 +12,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, StructTag, grammar_from
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
 
+from glmjax.model.lark import SPACING, Lark
 from glmjax.model.sampling_params import SamplingParams
 from glmjax.model.stops import Stops
+from glmjax.model.structural_tag import structural_tag
 from glmjax.model.tokenizer import Tokenizer
 
-_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+THOUGHT, THOUGHT_END = "<think>", "</think>"
+"""Between which the model thinks."""
 
 
 class Grammars:
@@ -39,10 +42,18 @@ class Grammars:
         if not stops.token_ids:
             raise ValueError("grammars need a token that ends a turn; name one as eos_token_id in config.json")
         self._words = words_of(vocab)
-        self._vocabulary = LLTokenizer(tokenizer.raw.to_str(), n_vocab=vocab, eos_token=sorted(stops.token_ids))
+        eos = sorted(stops.token_ids)
+        vocabulary = _Vocabulary(tokenizer, eos[0], vocab)
+        self._special = frozenset(vocabulary.special_token_ids)
+        self._vocabulary = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=eos)
+        self._thought, self._thought_end = map(tokenizer.token_id, (THOUGHT, THOUGHT_END))
 
-    def matcher(self, params: SamplingParams) -> Matcher | None:
+    def matcher(self, params: SamplingParams, prompt: Sequence[int] = ()) -> Matcher | None:
         """Of what a sequence asks for, at its beginning; None where it asks for no grammar.
+
+        Args:
+            params: what it asks for.
+            prompt: before it. Where it ends in the middle of a thinking block, the grammar begins behind that.
 
         Raises:
             ValueError: what it asks for is no grammar that can be followed, in llguidance's words.
@@ -53,11 +64,28 @@ class Grammars:
             text = _text(name, getattr(params, name))
         except ValueError as error:
             raise ValueError(f"{name} is not one: {error}") from error
+        if not params.grammar_from_first_token and self._thinking(prompt):
+            text = _after_thoughts(text)
         limits = LLParserLimits(verbose_errors=False)
         matcher = LLMatcher(self._vocabulary, text, log_level=0, limits=limits)
         if matcher.is_error():
             raise ValueError(f"{name} cannot be followed: {matcher.get_error()}")
         return Matcher(matcher, self._words)
+
+    @property
+    def knows_thoughts(self) -> bool:
+        """Whether the model has tokens that a thinking block begins and ends with."""
+        return self._thought is not None and self._thought_end is not None
+
+    def _thinking(self, prompt: Sequence[int]) -> bool:
+        if not self.knows_thoughts:
+            return False
+        for token in reversed(prompt):
+            if token in (self._thought, self._thought_end):
+                return token == self._thought
+            if token in self._special:  # somebody else's turn before it
+                return False
+        return False
 
 
 class Matcher:
@@ -132,31 +160,42 @@ def _text(name: str, given: Any) -> str:
             raise ValueError(f"{given!r} must be texts that are not empty")
         return grammar_from("choice", json.dumps(given))
     if name == "structural_tag":
-        return StructTag.to_grammar(_tags(json.loads(given)), assume_special=False)
+        return structural_tag(given)
     if name != "json_schema":
         return grammar_from(name, given)
     schema = given if isinstance(given, Mapping) else json.loads(given)
     if not isinstance(schema, Mapping):
         raise ValueError(f"{given!r} is no JSON object")
     own = "x-guidance" in schema
-    return LLMatcher.grammar_from_json_schema(json.dumps(dict(schema)), defaults=None if own else _SPACING)
+    return LLMatcher.grammar_from_json_schema(json.dumps(dict(schema)), defaults=None if own else SPACING)
 
 
-def _tags(given: Any) -> list[StructTag]:
-    """Of structures that begin with triggers."""
-    try:
-        triggers, structures = given["triggers"], given["structures"]
-        tags = []
-        for structure in structures:
-            begin = structure["begin"]
-            trigger = next((trigger for trigger in triggers if trigger and begin.startswith(trigger)), None)
-            if trigger is None:
-                raise ValueError(f"{begin!r} begins with none of the triggers {triggers!r}; add one")
-            tags.append(StructTag(trigger=trigger, begin=begin, grammar=structure["schema"], end=structure["end"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f'{given!r} lacks {error}; give {{"structures": [{{"begin", "schema", "end"}}], "triggers": […]}}'
-        ) from error
-    if not tags:
-        raise ValueError("it has no structures; leave it out")
-    return tags
+def _after_thoughts(grammar: str) -> str:
+    """Free text up to the end of the thinking block, and then what the grammar says."""
+    lark = Lark()
+    return lark.grammar(f"{lark.until([THOUGHT_END])} {lark.part(grammar)}")
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance takes it: texts may have the tokens in them that are not marked as special.
+
+    Left to itself it takes all tokens for special that look like `<this>`, so that no text could have a `<tool_call>` in it
+    that the model would write.
+
+    Args:
+        tokenizer: the model's.
+        eos: any token that ends a turn.
+        vocab: V; ids that are no tokens are never allowed.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, eos: int, vocab: int):
+        self._raw, self.eos_token_id = tokenizer.raw, eos
+        known = LLTokenizer(tokenizer.raw.to_str())
+        self.tokens = [known.decode_bytes([token]) if token < known.vocab_size else b"" for token in range(vocab)]
+        added = tokenizer.raw.get_added_tokens_decoder()
+        self.special_token_ids = sorted(token for token, content in added.items() if content.special)
+
+    def __call__(self, text: str) -> list[int]:
+        return self._raw.encode(text, add_special_tokens=False).ids

@@ -34,8 +34,9 @@ _RANGES: dict[str, _Range] = {
     "max_new_tokens": _Range(1, 2**31 - 1, "use None to generate to the end of the context"),
     "seed": _Range(0, 2**32 - 1, "use None for a random one"),
     "logprobs": _Range(0, MAX_LOGPROBS, "use None for no logprobs, 0 for those of the emitted tokens alone"),
+    "prompt_logprobs": _Range(0, MAX_LOGPROBS, "use None for no logprobs, 0 for those of the prompt's tokens alone"),
 }
-_OPTIONAL = ("max_new_tokens", "seed", "logprobs")
+_OPTIONAL = ("max_new_tokens", "seed", "logprobs", "prompt_logprobs")
 _CONSTRAINTS = ("json_schema", "regex", "grammar", "choice", "structural_tag")
 
 
@@ -59,6 +60,7 @@ class SamplingParams:
       logit_bias: Added to the logits of these token ids.
       seed: Fixes the output; None leaves the choice to the caller, who must set one before sampling starts.
       logprobs: Top alternatives reported at each position; 0 reports the emitted token's only, None nothing.
+      prompt_logprobs: The same at each token of the prompt but the first, all of which is read then, whatever is cached.
       stop: Strings that end the sequence where they appear in the text.
       stop_token_ids: Token ids that end it, besides the model's own.
       ignore_eos: Go on after the model's end-of-sequence tokens.
@@ -68,8 +70,11 @@ class SamplingParams:
       regex: Write text that all of this regular expression matches.
       grammar: Write text of this grammar, in Lark's notation or as EBNF (GBNF).
       choice: Write one of these texts.
-      structural_tag: Write what one likes, but where a trigger appears, go on as its tag says: JSON of "structures", each with
-        "begin", "schema" and "end", and of "triggers", with one of which every "begin" begins (vLLM's and SGLang's).
+      structural_tag: Write what one likes in some places and follow a form in others: JSON of XGrammar's "format", or of
+        "structures", each with "begin", "schema" and "end", and of "triggers", with one of which every "begin" begins (vLLM's
+        and SGLang's). Tools' arguments may have the style "glm_xml".
+      grammar_from_first_token: Follow the grammar in the thinking block, too, if the prompt ends inside one; otherwise it
+        begins behind that.
     """
 
     max_new_tokens: int | None = None
@@ -84,6 +89,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float | int] = field(default_factory=dict, hash=False)
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -93,6 +99,7 @@ class SamplingParams:
     grammar: str | None = None
     choice: tuple[str, ...] | None = None
     structural_tag: str | None = None
+    grammar_from_first_token: bool = False
 
     @property
     def constraint(self) -> str | None:
@@ -111,10 +118,11 @@ class SamplingParams:
                 continue
             if not low <= value <= high:  # false for NaN too
                 raise ValueError(f"{name} {value} is outside [{low:.10g}, {high:.10g}]; {remedy}")
-        if self.logprobs is not None and self.logprobs > vocab:
-            raise ValueError(
-                f"logprobs {self.logprobs} exceeds the vocabulary of {vocab} tokens; ask for at most {vocab}"
-            )
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(self, name) or 0) > vocab:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} exceeds the vocabulary of {vocab} tokens; ask for at most {vocab}"
+                )
         for token, bias in self.logit_bias.items():
             _check_token("logit_bias", token, vocab)
             if not -_LARGEST <= bias <= _LARGEST:

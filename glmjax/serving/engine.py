@@ -194,7 +194,11 @@ class Engine:
         requests = [
             Request(
                 prompt=asked.ids,
-                params=dataclasses.replace(asked.params, seed=(first + i) % 2**32),
+                params=dataclasses.replace(
+                    asked.params,
+                    seed=(first + i) % 2**32,
+                    prompt_logprobs=None if i else asked.params.prompt_logprobs,  # those of all
+                ),
                 new_tokens=asked.new_tokens,
                 stops=asked.stops,
                 tokenizer=self.glm.tokenizer,
@@ -466,6 +470,8 @@ class Engine:
         # What nobody wants stays on the device.
         if not plan.batch.scored:
             log = dataclasses.replace(log, scores_BS=None)
+        if plan.chunks is None or not (plan.chunks.target_BT >= 0).any():
+            log = dataclasses.replace(log, targets_BT=None)
         if not any(sequence.request.hook for sequence in plan.sequences):
             log = dataclasses.replace(log, captured_BS={})
         log, landed, self._landed = jax.tree.map(np.asarray, log), self._landed, []

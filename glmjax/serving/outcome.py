@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from glmjax.model.sampling import Logprobs
 from glmjax.serving.config import EngineConfig
 from glmjax.serving.errors import AnomalyError, GrammarError, UnavailableError
 from glmjax.serving.pages import OK
@@ -65,6 +66,7 @@ class Outcome:
             sequence.rows = begin + read
             running.keep(sequence)
             _capture(request, log, b, begin, read)
+            _score_prompt(request, log, b, begin, read)
         else:
             sequence.rows = max(sequence.rows, int(log.position_B[b]))
         if not tokens:
@@ -112,7 +114,7 @@ class Outcome:
         counts["finished"] += reply.finish_reason is not None
         scores, wanted = (), request.params.logprobs
         if wanted is not None:
-            scores = tuple(_score(log, b, begin + s, wanted) for s in range(len(ids)))
+            scores = tuple(_score(log.scores_BS, b, begin + s, wanted) for s in range(len(ids)))
         end, statistics = reply.finish_reason, request.statistics(now)
         request.stream.put(Chunk(tuple(ids), text, request.index, scores, end, reply.matched, statistics))
         return reply.finish_reason is not None
@@ -204,7 +206,16 @@ def _capture(request: Request, log: Log, b: int, begin: int, count: int) -> None
         request.stream.capture(request.index, begin, captured)
 
 
-def _score(log: Log, b: int, s: int, most: int) -> Score:
-    scores = log.scores_BS
+def _score_prompt(request: Request, log: Log, b: int, begin: int, read: int) -> None:
+    """Logprobs of the prompt, as far as they are wanted and not known yet; to the client with the first token."""
+    if request.scoring:
+        known, wanted = len(request.prompt_scores), request.params.prompt_logprobs
+        end = min(begin + read, len(request.prompt) - 1)
+        request.prompt_scores += [_score(log.targets_BT, b, t - begin, wanted) for t in range(known, end)]
+        if not request.scoring:
+            request.stream.score_prompt(request.prompt_scores)
+
+
+def _score(scores: Logprobs, b: int, s: int, most: int) -> Score:
     top = zip(scores.top_ids_BU[b, s, :most].tolist(), scores.top_BU[b, s, :most].tolist(), strict=True)
     return Score(float(scores.emitted_B[b, s]), int(scores.rank_B[b, s]), tuple(top))

@@ -112,16 +112,20 @@ def chunks_of(shape: Shape, sequences: Several[Sequence]) -> Chunks:
     ids_BT = np.zeros((shape.batch, shape.width), np.int32)
     begin_B, count_B = np.zeros((2, shape.batch), np.int32)
     final_B, first_B = np.zeros(shape.batch, bool), np.full(shape.batch, -1, np.int32)
+    target_BT = np.full((shape.batch, shape.width), -1, np.int32)
     for b, sequence in enumerate(sequences):
         first_B[b] = sequence.expected[0] if sequence.expected else -1
         piece = sequence.ids[sequence.sent : sequence.sent + shape.width]
         ids_BT[b, : len(piece)] = piece
         begin_B[b], count_B[b] = sequence.sent, len(piece)
         final_B[b] = sequence.sent + len(piece) == len(sequence.ids)
+        if sequence.request.scoring:
+            following = sequence.request.prompt[sequence.sent + 1 : sequence.sent + 1 + len(piece)]
+            target_BT[b, : len(following)] = following
     drawing = [sequence if final else None for sequence, final in zip(sequences, final_B, strict=False)]
     allowed_B1W = masks_of(shape, 1, drawing)
     allowed_BW = None if allowed_B1W is None else allowed_B1W[:, 0]
-    return Chunks(*frozen(ids_BT, begin_B, count_B, final_B, first_B), allowed_BW)
+    return Chunks(*frozen(ids_BT, begin_B, count_B, final_B, first_B, target_BT), allowed_BW)
 
 
 def guesses_of(shape: Shape, sequences: Several[Sequence]) -> Guesses:

@@ -17,7 +17,7 @@ from jax import lax
 from glmjax.model.cache import last_token
 from glmjax.model.sampling import Logprobs, allow, logprobs, noisy, observe
 from glmjax.model.sampling_params import MAX_LOGPROBS
-from glmjax.pallas.blocks import window_start
+from glmjax.pallas.blocks import map_query_blocks, window_start
 from glmjax.serving import pages
 from glmjax.serving.hooks import Hooks, hooked
 from glmjax.serving.pages import OK, PagedCache, PageTable
@@ -27,6 +27,8 @@ from glmjax.speculation import DecodeState, commit, speculate, verify
 
 _COMMITTED_ROUNDS = 8
 """Rounds whose MTP rows are written at a time: a dispatch may have room for many more than it runs."""
+_LOGITS_BYTES = 64 << 20
+"""Of a prompt's logits that are there at once."""
 
 Given = jax.Array | np.ndarray
 """Of a plan: the host's array, or what it is within the program."""
@@ -67,6 +69,7 @@ class Chunks:
         count_B: int32, tokens of it; 0 where the whole prompt is cached.
         final_B: bool, the prompt ends here: draw the token after it.
         first_B: int32, a token to emit instead of drawing one, −1 for none: a record that is to be confirmed.
+        target_BT: int32, the prompt's next token, whose logprob is asked for, or −1.
         allowed_BW: int32, masks of the token that is drawn (`glmjax.model.sampling.allow`); None without grammars.
     """
 
@@ -75,6 +78,7 @@ class Chunks:
     count_B: Any
     final_B: Any
     first_B: Any
+    target_BT: Any
     allowed_BW: Any = None
 
 
@@ -111,6 +115,7 @@ class Log:
         scores_BS: `Logprobs` of the tokens, where a sequence of the batch asked for them; zeros otherwise.
         captured_BS: what hooks have captured of the tokens that were read, by layer, trees of [B, S, …]: from the first
             token of a chunk, or the newest one before rounds. Nothing without hooks.
+        targets_BT: `Logprobs` of a chunk's targets; zeros where there are none, None of rounds.
     """
 
     tokens_BS: Any
@@ -123,6 +128,7 @@ class Log:
     gap_BS: Any
     scores_BS: Any
     captured_BS: Any = dataclasses.field(default_factory=dict)
+    targets_BT: Any = None
 
 
 def read_chunks(
@@ -188,6 +194,7 @@ def read_chunks(
         gap_BS=jnp.where(draws_B[:, None], gap_B1, 0),
         scores_BS=_scores(batch.scored, logits_B1V, tokens_B1),
         captured_BS=out.observed if hooks else {},
+        targets_BT=_target_scores(model, hidden_BTD, chunks.target_BT),
     )
     return cache, slots.put(batch.slot_B, begun, draws_B), log
 
@@ -422,12 +429,28 @@ def _no_captures(model: Any, state: DecodeState, length: int, room: int) -> Any:
 def _scores(scored: Given, logits_BTV: jax.Array, tokens_BT: jax.Array) -> Logprobs:
     """Logprobs of emitted tokens; zeros where nobody asked."""
     *shape, vocab = logits_BTV.shape
+    return lax.cond(scored, lambda: _computed(logits_BTV, tokens_BT), lambda: _no_scores(tuple(shape), vocab))
 
-    def computed() -> Logprobs:
-        flat = logprobs(logits_BTV.reshape(-1, vocab), jnp.maximum(tokens_BT, 0).reshape(-1), min(MAX_LOGPROBS, vocab))
-        return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), flat)
 
-    return lax.cond(scored, computed, lambda: _no_scores(tuple(shape), vocab))
+def _target_scores(model: Any, hidden_BTD: jax.Array, target_BT: jax.Array) -> Logprobs:
+    """Logprobs of the tokens after those that were read; zeros where nobody asked. Logits are there a block at a time."""
+    batch, length, _ = hidden_BTD.shape
+    vocab = model.config.vocab_size
+
+    def block(hidden_BUD: jax.Array, target_BU: jax.Array) -> Logprobs:
+        return _computed(model.head(hidden_BUD.astype(model.dtype)), target_BU)
+
+    return lax.cond(
+        jnp.any(target_BT >= 0),
+        lambda: map_query_blocks(block, 4 * batch * vocab, hidden_BTD, target_BT, budget=_LOGITS_BYTES),
+        lambda: _no_scores((batch, length), vocab),
+    )
+
+
+def _computed(logits_BTV: jax.Array, tokens_BT: jax.Array) -> Logprobs:
+    *shape, vocab = logits_BTV.shape
+    flat = logprobs(logits_BTV.reshape(-1, vocab), jnp.maximum(tokens_BT, 0).reshape(-1), min(MAX_LOGPROBS, vocab))
+    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), flat)
 
 
 def _no_scores(shape: tuple[int, ...], vocab: int) -> Logprobs:

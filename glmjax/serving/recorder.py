@@ -134,7 +134,7 @@ class Recorder:
 
     def read(self, flight: Flight, log: Log) -> None:
         """Keep what a dispatch did."""
-        flight.log = dataclasses.replace(log, gap_BS=None, scores_BS=None, captured_BS=None)
+        flight.log = dataclasses.replace(log, gap_BS=None, scores_BS=None, captured_BS=None, targets_BT=None)
 
     def turn(self, running: Running) -> None:
         """Begin another recording where this one is long enough: with what is on the device already, and not yet known."""

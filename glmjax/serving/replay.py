@@ -195,6 +195,7 @@ class Replay:
                     np.int32([len(piece)]),
                     np.array([final]),
                     np.int32([newest if final else -1]),
+                    np.full_like(ids_BT, -1),
                 )
             )
             batch = self._batch(Shape("read", 1, width, self._width), leases, slot, generation)

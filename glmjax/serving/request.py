@@ -15,7 +15,7 @@ from glmjax.model.tokenizer import Tokenizer
 from glmjax.serving.anomaly import AnomalyRules, Detector
 from glmjax.serving.drafting import Acceptance
 from glmjax.serving.pool import Lease
-from glmjax.serving.stream import Statistics, Stream
+from glmjax.serving.stream import Score, Statistics, Stream
 
 _numbers = itertools.count()
 
@@ -46,6 +46,7 @@ class Request:
         admitted: when it first got a slot, or None.
         began: when its first token came, or None.
         reply: what it has emitted.
+        prompt_scores: of the prompt's tokens from the second on, as far as they have been asked for and read.
         cached: prompt tokens that were found when it was first admitted, in the prefix tree or in the host's memory.
         rounds: rounds of decoding it has taken part in.
         drafted: drafts proposed in them.
@@ -81,6 +82,7 @@ class Request:
     admitted: float | None = None
     began: float | None = None
     reply: Reply = dataclasses.field(init=False)
+    prompt_scores: list[Score] = dataclasses.field(init=False)
     cached: int = 0
     rounds: int = 0
     drafted: int = 0
@@ -102,6 +104,12 @@ class Request:
         matcher = self.matcher and self.matcher.at(0)
         self.reply = Reply(self.stops, self.tokenizer, self.params, self.new_tokens, matcher)
         self.detector = Detector(self.rules)
+        self.prompt_scores = []
+
+    @property
+    def scoring(self) -> bool:
+        """Whether logprobs of its prompt are still to come: tokens have to be read for them."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_scores) < len(self.prompt) - 1
 
     @property
     def ends(self) -> tuple[int, ...]:

@@ -141,7 +141,7 @@ class Running:
         """Who waits, in turn, as long as there are slots, and pages for all that has to be read."""
         while self._free_slots and (request := self.waiting.next(now)):
             ids = request.prompt if request.suspects else request.ids
-            reuse = request.reuse and not request.suspects
+            reuse = request.reuse and not (request.suspects or request.scoring)
             found = self.tree.match(ids, request.namespace) if reuse else []
             self.pool.share(found)
             wanted = -(-len(ids) // self._size) - len(found)

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 from glmjax.serving.captures import Captures, Pieces
@@ -104,6 +104,7 @@ class Result:
         scores: one for each token, where logprobs were asked for.
         finish_reason: "stop", "length" or "cancelled".
         statistics: how it went.
+        prompt_scores: of the prompt's tokens from the second on, where they were asked for.
     """
 
     ids: tuple[int, ...]
@@ -111,6 +112,7 @@ class Result:
     scores: tuple[Score, ...]
     finish_reason: str
     statistics: Statistics
+    prompt_scores: tuple[Score, ...] = ()
 
 
 @dataclasses.dataclass
@@ -134,11 +136,15 @@ class Stream:
         sequences: n, how many there are.
         cancelled: what to call when the reader cancels.
         holdback: tokens of a sequence that are kept back until there are more, or it has ended; `math.inf` for all.
+
+    Attributes:
+        prompt_scores: of the prompt's tokens from the second on, where they were asked for; complete with the first chunk.
     """
 
     def __init__(self, sequences: int = 1, cancelled: Callable[[], None] = lambda: None, holdback: float | int = 0):
         self._sequences, self._running, self._cancelled = sequences, sequences, cancelled
         self._holdback = holdback
+        self.prompt_scores: tuple[Score, ...] = ()
         self._kept = {index: _Kept() for index in range(sequences)}  # of those of which nothing has been shown
         self._chunks: deque[Chunk] = deque()
         self._captured = [Pieces() for _ in range(sequences)]
@@ -167,6 +173,10 @@ class Stream:
         """Add what hooks have captured of a sequence from a position on, before its chunk. For the engine."""
         with self._changed:
             self._captured[index].add(begin, captured)
+
+    def score_prompt(self, scores: Iterable[Score]) -> None:
+        """Add what the model thinks of the prompt. For the engine."""
+        self.prompt_scores = tuple(scores)
 
     def captures(self, index: int = 0) -> Captures:
         """What hooks have captured of a sequence so far; with its last chunk, of all tokens that were read but cached ones.
@@ -219,6 +229,7 @@ class Stream:
                 scores=tuple(score for chunk in mine for score in chunk.scores),
                 finish_reason=mine[-1].finish_reason,
                 statistics=mine[-1].statistics,
+                prompt_scores=self.prompt_scores,
             )
             for mine in chunks
         ]

@@ -13,7 +13,7 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 
 from glmjax.model.sampling_params import SamplingParams
 from glmjax.serving.stream import Chunk, Score, Statistics
-from glmjax.wire import logprobs_of, sampling_params_of
+from glmjax.wire import sampling_params_of
 
 SERVICE = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 
@@ -31,14 +31,12 @@ class Asked:
         prompt: token ids, or text.
         params: how to sample and when to stop; not validated yet.
         n: sequences.
-        prompt_logprobs: alternatives to report at each token of the prompt; None for no logprobs of it.
         keep: of the prompt, the last so many tokens; None for all, −1 for as many as fit.
     """
 
     prompt: list[int] | str
     params: SamplingParams
     n: int = 1
-    prompt_logprobs: int | None = None
     keep: int | None = None
 
 
@@ -65,7 +63,7 @@ def asked_of(request: pb.GenerateRequest) -> Asked:
     n = given.n or 1
     if n > MAX_N:
         raise ValueError(f"n {n} exceeds {MAX_N}; send several requests")
-    return Asked(prompt, sampling_params_of(given), n, logprobs_of(given, "prompt_logprobs"), _keep(given))
+    return Asked(prompt, sampling_params_of(given), n, _keep(given))
 
 
 def _keep(given: pb.SamplingParams) -> int | None:
@@ -82,12 +80,15 @@ class Telling:
     Args:
         index: which of the n.
         stream: tell tokens as they come, and all of them in the end; otherwise only that.
-        prompt: scores of the prompt's tokens, where they were asked for.
         eos: tokens that end a turn, which are not told as what was matched.
+
+    Attributes:
+        prompt: scores of the prompt's tokens, where they were asked for.
     """
 
-    def __init__(self, index: int, *, stream: bool, prompt: pb.InputLogProbs | None, eos: frozenset[int]):
-        self._index, self._stream, self._prompt, self._eos = index, stream, prompt, eos
+    def __init__(self, index: int, *, stream: bool, eos: frozenset[int]):
+        self.prompt: pb.InputLogProbs | None = None
+        self._index, self._stream, self._eos = index, stream, eos
         self._ids: list[int] = []
         self._scores: list[Score] = []
 
@@ -102,7 +103,7 @@ class Telling:
                 token_ids=chunk.ids,
                 completion_tokens=len(chunk.ids),
                 output_logprobs=_output_logprobs(chunk.ids, chunk.scores),
-                input_logprobs=self._prompt if first else None,
+                input_logprobs=self.prompt if first else None,
                 index=self._index,
                 **counts,
             )
@@ -113,7 +114,7 @@ class Telling:
                 finish_reason=_FINISH_REASONS[chunk.finish_reason],
                 completion_tokens=len(self._ids),
                 output_logprobs=_output_logprobs(self._ids, self._scores),
-                input_logprobs=self._prompt,
+                input_logprobs=self.prompt,
                 index=self._index,
                 spec_accepted_tokens=chunk.statistics.accepted,
                 spec_draft_tokens=chunk.statistics.drafted,

@@ -26,12 +26,14 @@ from glmjax.worker.cache_events import followed
 from glmjax.worker.live import Live, LiveRequest
 from glmjax.worker.metrics import Metrics
 from glmjax.worker.profiling import Profiler
-from glmjax.worker.protocol import Asked, Telling, asked_of
+from glmjax.worker.protocol import Asked, Telling, asked_of, input_logprobs
 from glmjax.worker.statuses import REASON, NotServingError, status_of
 from glmjax.worker.tokenizer_files import CHUNK_BYTES, packed
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_WAIT = 24 * 3600.0
+_REASONING_PARSER = "glm45"
+"""What vLLM and the gateway call the form of GLM's thoughts."""
 _UNEXPECTED = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 
 
@@ -113,27 +115,29 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
         # However the call ends: its generator may be left at a `yield` that nobody comes back to.
         context.add_done_callback(lambda _: live.leave())
         asked = asked_of(request)
-        stream = await self._begin(engine, live, asked, request.stream, context.time_remaining())
+        ids, stream = await self._begin(engine, live, asked, request.stream, context.time_remaining())
         eos, timed = engine.glm.stops.token_ids, self.metrics.request(asked.n)
-        telling = [Telling(i, stream=request.stream, prompt=None, eos=eos) for i in range(asked.n)]
+        telling = [Telling(i, stream=request.stream, eos=eos) for i in range(asked.n)]
         async for chunk in stream:
+            if asked.params.prompt_logprobs is not None and telling[chunk.index].prompt is None:
+                telling[chunk.index].prompt = await asyncio.to_thread(input_logprobs, ids, stream.prompt_scores)
             timed.push(chunk)
             for response in telling[chunk.index].responses(chunk):
                 yield response
 
     async def _begin(
         self, engine: Engine, live: LiveRequest, asked: Asked, stream: bool, timeout: float | None
-    ) -> Stream:
-        """Hand a request to the engine, from a thread: text and grammars take their time."""
+    ) -> tuple[list[int], Stream]:
+        """Hand a request to the engine, from a thread: text and grammars take their time. The prompt's tokens, and what comes."""
 
-        def begin() -> Stream:
+        def begin() -> tuple[list[int], Stream]:
             ids, params = _fitted(engine.glm, asked, engine.max_model_len)
             holdback = self._holdback if stream else math.inf
-            return engine.generate(ids, params, n=asked.n, timeout=timeout, holdback=holdback)
+            return ids, engine.generate(ids, params, n=asked.n, timeout=timeout, holdback=holdback)
 
         begun = asyncio.ensure_future(asyncio.to_thread(begin))
         # Also when nobody waits for it any more: then it is cancelled.
-        begun.add_done_callback(lambda begun: begun.exception() or live.attach(begun.result()))
+        begun.add_done_callback(lambda begun: begun.exception() or live.attach(begun.result()[1]))
         return await asyncio.shield(begun)
 
     async def _serving(self) -> Engine:
@@ -185,7 +189,7 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
             block_size=engine.config.page_size,
             model_dtype=str(engine.glm.weights.dtype),
             max_num_seqs=engine.config.max_num_seqs,
-            constrained_decoding_start="first_token" if engine.config.grammars else "",
+            **_constrained(engine),
         )
 
     async def GetLoads(self, request: pb.GetLoadsRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadsResponse:
@@ -306,6 +310,15 @@ def _fitted(glm: GLM, asked: Asked, limit: int) -> tuple[list[int], Any]:
         raise ValueError(f"the prompt's {len(ids)} tokens leave no room in the context of {limit}; shorten it")
     room, wanted = limit - len(ids), asked.params.max_new_tokens
     return ids, dataclasses.replace(asked.params, max_new_tokens=room if wanted is None else min(wanted, room))
+
+
+def _constrained(engine: Engine) -> dict[str, str]:
+    """Where grammars begin, so that the gateway asks for calls of tools and leaves thoughts to the worker."""
+    if not engine.config.grammars:
+        return {}
+    if not engine.glm.grammars.knows_thoughts:
+        return {"constrained_decoding_start": "first_token"}
+    return {"constrained_decoding_start": "after_reasoning", "engine_reasoning_parser": _REASONING_PARSER}
 
 
 async def _end(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:

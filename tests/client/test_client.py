@@ -61,9 +61,12 @@ def test_text_ends_before_or_after_its_stop_string(client, include):
 
 
 def test_tokens_scores_and_several_sequences(client):
-    answers = client.generate(glm().encode(PROMPT), n=2, logprobs=2, **SAMPLED)
+    ids = glm().encode(PROMPT)
+    answers = client.generate(ids, n=2, logprobs=2, prompt_logprobs=1, **SAMPLED)
     assert [list(answer.ids) for answer in answers] == [alone(seed=3 + i).ids for i in range(2)]
     assert all(len(answer.scores) == len(answer.ids) and len(answer.scores[0].top) == 2 for answer in answers)
+    for answer in answers:
+        assert [len(score.top) for score in answer.prompt_scores] == [1] * (len(ids) - 1)
 
 
 def test_what_is_refused_is_refused_before_it_is_sent_or_by_the_worker(client):

@@ -144,6 +144,7 @@ class Machine:
             count_B=padded([len(piece) for piece in pieces], B, 0),
             final_B=padded(final, B, False).astype(bool),
             first_B=padded([(sequence.record or [-1])[0] for sequence in sequences], B),
+            target_BT=np.full((B, T), -1, np.int32),
         )
         self.cache, self.slots, log = self._run("read", self.cache, self.slots, self._batch(sequences), chunks)
         for b, (sequence, piece) in enumerate(zip(sequences, pieces, strict=True)):

@@ -96,6 +96,51 @@ def test_logprobs_are_those_of_generate(engine):
         assert [i for i, _ in score.top] == [i for i, _ in token.top_logprobs]
 
 
+def opinions(ids):
+    """What one forward of the whole prompt thinks of its tokens from the second on."""
+    logits_TV = np.asarray(tiny().forward([ids]).logits_BTV[0], np.float64)
+    logprob_TV = logits_TV - np.log(np.exp(logits_TV).sum(1, keepdims=True))
+    return logprob_TV[:-1]
+
+
+@pytest.mark.parametrize("length", [1, 2, 8, 9, 33, 44])
+def test_logprobs_of_a_prompt_are_those_of_one_forward(engine, length):
+    ids = prompt(length, 7)
+    for _ in range(2):  # what is cached has no logprobs: all of it is read again
+        [result] = engine.generate(ids, prompt_logprobs=2, **SAMPLED).finish()
+        assert list(result.ids) == alone(ids, **SAMPLED)
+        assert result.statistics.cached_tokens == 0
+        assert len(result.prompt_scores) == length - 1
+        for score, token, logprob_V in zip(result.prompt_scores, ids[1:], opinions(ids), strict=True):
+            assert score.logprob == pytest.approx(logprob_V[token], abs=1e-4)
+            assert score.rank == 1 + (logprob_V > logprob_V[token]).sum()
+            assert [i for i, _ in score.top] == np.argsort(-logprob_V, kind="stable")[:2].tolist()
+    [after] = engine.generate(ids, **SAMPLED).finish()
+    assert after.statistics.cached_tokens == length // 8 * 8
+    assert after.prompt_scores == ()
+
+
+def test_logprobs_of_a_prompt_come_once_for_all_sequences_and_before_the_first_token(engine):
+    ids = prompt(20, 8)
+    stream = engine.generate(ids, n=3, prompt_logprobs=0, **SAMPLED)
+    next(stream)
+    assert [score.top for score in stream.prompt_scores] == [()] * 19
+    assert {result.prompt_scores for result in stream.finish()} == {stream.prompt_scores}
+
+
+def test_logprobs_of_prompts_come_while_others_take_pages_away(engine):
+    """Four at a time, with too few pages for all: some are preempted, and read again."""
+    asked = [(prompt(30 + n, 20 + n), {"seed": n, "max_new_tokens": 25}) for n in range(6)]
+    streams = [engine.generate(ids, prompt_logprobs=0, **fields) for ids, fields in asked]
+    before = engine.stats().preemptions
+    for stream, (ids, fields) in zip(streams, asked, strict=True):
+        [result] = stream.finish()
+        assert list(result.ids) == alone(ids, **fields)
+        expected = [row[token] for row, token in zip(opinions(ids), ids[1:], strict=True)]
+        assert [score.logprob for score in result.prompt_scores] == pytest.approx(expected, abs=1e-4)
+    assert engine.stats().preemptions > before
+
+
 # Ends
 
 

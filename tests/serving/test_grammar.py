@@ -445,7 +445,10 @@ def test_a_grammar_that_cannot_be_followed_fails_its_own_request_only(engine):
         ({"choice": ("a", "")}, "must be texts that are not empty"),
         ({"structural_tag": "[]"}, "lacks list indices"),
         ({"structural_tag": '{"triggers": [], "structures": []}'}, "has no structures"),
-        ({"structural_tag": '{"triggers": ["<b>"], "structures": [{"begin": "<a>"}]}'}, "begins with none"),
+        (
+            {"structural_tag": '{"triggers": ["<b>"], "structures": [{"begin": "a", "schema": {}, "end": ""}]}'},
+            "begins with none",
+        ),
         ({"structural_tag": '{"triggers": ["<"], "structures": [{"begin": "<a>", "schema": {}}]}'}, "lacks 'end'"),
         ({"json_schema": {}, "regex": "a"}, "json_schema and regex are given"),
     ],

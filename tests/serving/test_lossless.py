@@ -78,7 +78,7 @@ def sampled(num_draft):
     table = PageTable(pages_BM, np.zeros_like(pages_BM))
     batch = Batch(slots, zero_B, table, none_B[:, None], none_B[:1], np.array(False))
     ids_BT = np.tile(np.int32(PROMPT), (SLOTS, 1))
-    chunks = Chunks(ids_BT, zero_B, np.full(SLOTS, len(PROMPT), np.int32), all_B, none_B)
+    chunks = Chunks(ids_BT, zero_B, np.full(SLOTS, len(PROMPT), np.int32), all_B, none_B, np.full_like(ids_BT, -1))
     end_B = np.full(SLOTS, len(PROMPT) + NEW - 1, np.int32)
 
     counts, first_round = np.zeros((VOCAB,) * NEW, int), []

@@ -172,10 +172,12 @@ HALVES = st.floats(0.125, 2, width=32)
             "logit_bias": st.dictionaries(st.integers(0, VOCAB), HALVES, max_size=2),
             "seed": UINT32,
             "logprobs": st.integers(0, 20),
+            "prompt_logprobs": st.integers(0, 20),
             "stop": st.lists(st.text(min_size=1, max_size=3), max_size=2).map(tuple),
             "stop_token_ids": st.lists(st.integers(0, VOCAB), max_size=2).map(tuple),
             "ignore_eos": st.booleans(),
             "include_stop_str_in_output": st.booleans(),
+            "grammar_from_first_token": st.booleans(),
         },
     ),
     st.sampled_from(
@@ -201,7 +203,8 @@ def chunk(*ids, end=None, matched=None, scores=()):
 
 
 def told(chunks, stream, prompt=None):
-    telling = Telling(1, stream=stream, prompt=prompt, eos=frozenset({0}))
+    telling = Telling(1, stream=stream, eos=frozenset({0}))
+    telling.prompt = prompt
     return [response for chunk in chunks for response in telling.responses(chunk)]
 
 

@@ -87,6 +87,22 @@ def test_logprobs_are_those_of_the_engine(running):
     ]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_the_prompt_are_told_once(running, stream):
+    responses = [*running.stub.Generate(asked(prompt_logprobs=1, stream=stream))]
+    [result] = running.engine.generate(PROMPT, prompt_logprobs=1, max_new_tokens=1).finish()
+    *chunks, complete = (getattr(response, response.WhichOneof("response")) for response in responses)
+    ids = glm().encode(PROMPT)
+    for told in (*chunks[:1], complete):
+        assert list(told.input_logprobs.token_ids) == ids
+        assert not told.input_logprobs.token_logprobs[0].HasField("value")
+        values = [score.value for score in told.input_logprobs.token_logprobs[1:]]
+        assert values == pytest.approx([score.logprob for score in result.prompt_scores])
+        tops = [list(zip(top.token_ids, top.values, strict=True)) for top in told.input_logprobs.top_logprobs]
+        assert [len(top) for top in tops] == [0, *[1] * (len(ids) - 1)]
+    assert not any(chunk.HasField("input_logprobs") for chunk in chunks[1:])
+
+
 def test_without_a_limit_it_goes_to_the_end_of_the_context_and_never_beyond(running):
     request = asked(ignore_eos=True, max_tokens=2**31)
     request.sampling_params.ClearField("max_tokens")
@@ -182,6 +198,7 @@ def test_the_model_and_the_server_tell_what_they_are(running):
     assert set(model.eos_token_ids) == glm().stops.token_ids
     server = running.stub.GetServerInfo(pb.GetServerInfoRequest())
     assert (server.server_type, server.max_num_seqs, server.block_size) == ("vllm-grpc", 2, 8)
+    assert server.constrained_decoding_start == "first_token"  # of a model without tokens for thoughts
     assert running.stub.HealthCheck(pb.HealthCheckRequest()).healthy
 
 
