@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import tyro
 
+from glmjax.fleet import fleet
+from glmjax.worker import lifecycle
 from glmjax.worker.arguments import Arguments
-from glmjax.worker.lifecycle import run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(
             level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
         )
-        return run(arguments)
+        several = arguments.gateway or arguments.replicas > 1
+        return (fleet.run if several else lifecycle.run)(arguments)
     except (ValueError, OSError) as error:
         print(f"glmjax.serve: {error}", file=sys.stderr)
         return 2

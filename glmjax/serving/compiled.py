@@ -75,7 +75,7 @@ class Programs:
         names = [name for name in dict.fromkeys((*always, *shapes)) if name not in self._compiled]
         with ThreadPoolExecutor(threads) as pool:
             done = pool.map(lambda name: self._program(name, cache, state), names)
-            bar = tqdm(done, "compiling programs", len(names), disable=not progress, leave=False)
+            bar = tqdm(done, "compiling programs", len(names), disable=None if progress else True, leave=False)
             self._compiled |= zip(names, bar, strict=True)
 
     def temporary_bytes(self) -> dict[Shape | str, int]:

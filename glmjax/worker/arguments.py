@@ -56,6 +56,12 @@ class Arguments:
         decode_log_interval: dispatches of decoding in a line of the log.
         enable_metrics: answer Prometheus at http://HOST:METRICS_PORT/metrics.
         metrics_port: where.
+        metrics_host: address for that; default --host.
+        replicas: workers, each with an engine of its own, on ports from --port on; on GPUs each gets its share of them. One
+            that ends is begun again; SIGHUP begins all of them anew, one after another.
+        gateway: put the Shepherd Model Gateway before the workers: OpenAI's and Anthropic's HTTP at
+            http://HOST:GATEWAY_PORT, which gets --api-key and the certificate, while workers listen to this machine alone.
+        gateway_port: where.
         log_level: least of what is logged.
     """
 
@@ -89,11 +95,19 @@ class Arguments:
     decode_log_interval: int = 40
     enable_metrics: tyro.conf.FlagCreatePairsOff[bool] = False
     metrics_port: int = 9090
+    metrics_host: str | None = None
+    replicas: int = 1
+    gateway: tyro.conf.FlagCreatePairsOff[bool] = False
+    gateway_port: int = 30000
     log_level: Annotated[Literal["debug", "info", "warning", "error"], tyro.conf.arg(metavar="LEVEL")] = "info"
 
     def __post_init__(self):
         if not 0 <= self.port < 2**16:
             raise ValueError(f"--port {self.port} is outside 0..65535; 50051 is usual")
+        if self.replicas < 1:
+            raise ValueError(f"--replicas {self.replicas} must be at least 1")
+        if self.gateway and self.ssl_ca_certs is not None:
+            raise ValueError("--ssl-ca-certs is given and the gateway asks nobody for a certificate; use --api-key")
         if self.stream_holdback < 0 or self.drain_seconds < 0 or self.hicache_size < 0:
             raise ValueError(
                 f"--stream-holdback {self.stream_holdback}, --drain-seconds {self.drain_seconds} and --hicache-size "

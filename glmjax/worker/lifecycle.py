@@ -50,14 +50,21 @@ class Worker:
     Args:
         arguments: its flags.
         make_engine: what is served; it may take its time. Default what the flags say.
+        told: is called with whether requests are taken, whenever that changes.
 
     Attributes:
         port: that it listens on, once it has started.
         service: its calls.
     """
 
-    def __init__(self, arguments: Arguments, make_engine: Callable[[], Engine] | None = None):
+    def __init__(
+        self,
+        arguments: Arguments,
+        make_engine: Callable[[], Engine] | None = None,
+        told: Callable[[bool], None] = lambda serving: None,
+    ):
         self._arguments, self._make_engine = arguments, make_engine or (lambda: engine_of(arguments))
+        self._told = told
         self.service = Service(arguments.card(), arguments.stream_holdback)
         key = arguments.api_key or os.environ.get("GLMJAX_API_KEY")
         self._server = grpc.aio.server(options=_OPTIONS, interceptors=[Bearer(key)] if key else [])
@@ -88,6 +95,7 @@ class Worker:
                 self._engine = starting.result()
                 self.service.serve(self._engine)
                 await self._health.set(SERVICE, _SERVING)
+                self._told(True)
                 _LOG.info("ready after %.1f s", time.monotonic() - began)
                 watching = asyncio.create_task(self._watch())
                 await asyncio.wait([leaving, watching], return_when=asyncio.FIRST_COMPLETED)
@@ -117,6 +125,7 @@ class Worker:
         """Say why, and leave at once: who has requests here sends them elsewhere."""
         _LOG.critical("%s; leaving", reason)
         faulthandler.dump_traceback(all_threads=True)
+        self._told(False)
         self.service.refuse("failed")
         await self._health.enter_graceful_shutdown()
         await self._server.stop(0)
@@ -139,7 +148,8 @@ class Worker:
             raise OSError(f"cannot listen on {address}: {error}; give another --host or --port") from error
         await self._server.start()
         if self._arguments.enable_metrics:
-            self._close_metrics = self.service.metrics.serve(self._arguments.metrics_port, self._arguments.host)
+            host = self._arguments.metrics_host or self._arguments.host
+            self._close_metrics = self.service.metrics.serve(self._arguments.metrics_port, host)
         _LOG.info("listening on %s:%d", self._arguments.host, self.port)
 
     @contextlib.contextmanager
@@ -165,6 +175,7 @@ class Worker:
 
     async def _drain(self) -> None:
         """No new requests; those under way may end; then everything is closed."""
+        self._told(False)
         self.service.refuse("draining")
         await self._health.enter_graceful_shutdown()
         count, seconds = len(self.service.live), self._arguments.drain_seconds
