@@ -30,6 +30,7 @@ class EngineConfig:
         max_queued: requests that may wait in all.
         max_queued_per_client: requests of one client that may wait.
         ageing_seconds: that a request waits before its priority rises by one.
+        prefix_cache: share pages between requests that begin alike, now and later.
         offload_bytes: of the host's memory, for pages that the prefix tree lets go of.
         load_seconds: that a request waits for pages from there, before it reads their tokens again.
         anomalies: when a request is suspicious, and what to do about it.
@@ -53,6 +54,7 @@ class EngineConfig:
     max_queued: int = 1024
     max_queued_per_client: int = 1024
     ageing_seconds: float = 10.0
+    prefix_cache: bool = True
     offload_bytes: int = 0
     load_seconds: float = 2.0
     anomalies: AnomalyRules = AnomalyRules()  # noqa: RUF009 (frozen)

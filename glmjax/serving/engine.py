@@ -164,7 +164,7 @@ class Engine:
             client: who asks: those who wait are served in turn.
             timeout: seconds after which it is not worth going on.
             cache_salt: only requests of the same salt share cached prefixes.
-            use_cache: whether to use cached prefixes and leave some.
+            use_cache: whether to use cached prefixes and leave some; never without `EngineConfig.prefix_cache`.
             holdback: tokens of each sequence that the stream keeps back until there are more, or it has ended; `math.inf` for
                 all. As long as nothing has been read of a sequence, an anomaly in it can be mended unseen.
             hook: a number other than 0 has the engine's hooks look at the request, and tells the patch its treatment.
@@ -209,7 +209,7 @@ class Engine:
                 priority=priority,
                 deadline=None if timeout is None else now + timeout,
                 namespace=self.hooks.namespace(cache_salt, int(hook)) if self.hooks else cache_salt,
-                reuse=use_cache,
+                reuse=use_cache and self.config.prefix_cache,
                 hook=int(hook),
                 arrived=now,
                 rules=self.config.anomalies,
@@ -285,8 +285,8 @@ class Engine:
         }
         self._asked(lambda: self._recorder.save(Path(path), header))
 
-    def cached(self) -> Batch:
-        """What is in the prefix tree now, as events; those that follow it are `events.after` its number.
+    def cached(self) -> tuple[Batch, ...]:
+        """What is in the prefix tree now, as events; those that follow them are `events.after` the last number.
 
         Raises:
             ClosedError: the engine has been closed.

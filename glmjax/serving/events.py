@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import threading
 import time
 from collections import deque
@@ -18,6 +19,8 @@ from glmjax.serving.tree import Node, PrefixTree
 
 MOST_BATCHES = 4096
 """That are kept for those who come back."""
+MOST_EVENTS = 4096
+"""Of a batch that tells what there is: gRPC's messages have 4 MB at most, unless somebody says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +86,12 @@ class CacheEvents:
 
     Args:
         most: batches to keep.
+        most_events: of a batch that tells what there is.
     """
 
-    def __init__(self, most: int = MOST_BATCHES):
+    def __init__(self, most: int = MOST_BATCHES, most_events: int = MOST_EVENTS):
+        self._most_events = most_events
+        self._incomplete: set[int] = set()
         self._number = time.time_ns() >> 10  # a later engine begins later, however many batches this one makes
         self._batches: deque[Batch] = deque(maxlen=most)
         self._told: list[Event] = []
@@ -120,11 +126,19 @@ class CacheEvents:
             for watcher in watchers:
                 watcher()
 
-    def everything(self, tree: PrefixTree) -> Batch:
-        """What there is, as if it had just been stored; what comes after it has the next number."""
+    def everything(self, tree: PrefixTree) -> tuple[Batch, ...]:
+        """What there is, as if it had just been stored; what comes after it has the next number.
+
+        Whoever has not got all of these batches cannot go on from the last that he has: `after` tells him so.
+        """
         self.publish()
         stored = (Stored.of(node) for node in tree.nodes() if node.prefix.namespace is None)
-        return Batch(self._number, time.time(), (Cleared(), *stored))
+        pieces = list(itertools.batched(itertools.chain([Cleared()], stored), self._most_events))
+        first, now = self._number + 1 - len(pieces), time.time()
+        with self._lock:
+            oldest = self._number - len(self._batches)
+            self._incomplete = {n for n in self._incomplete if n >= oldest} | set(range(first, self._number))
+        return tuple(Batch(first + n, now, piece) for n, piece in enumerate(pieces))
 
     # Any thread
 
@@ -139,7 +153,7 @@ class CacheEvents:
             if self._closed:
                 raise ClosedError("the engine is closed; its cache is gone")
             first = self._number - len(self._batches)
-            if not first <= number <= self._number:
+            if not first <= number <= self._number or number in self._incomplete:
                 raise LostError(f"batch {number} is not among {first}..{self._number}; begin with what there is now")
             return tuple(batch for batch in self._batches if batch.number > number)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,11 +11,14 @@ import tyro
 
 from glmjax.glm import GLM, load
 from glmjax.model.checkpoint import Fp8, LoadFormat
+from glmjax.model.tokenizer import read_json
 from glmjax.nano import NANO
 from glmjax.serving.config import EngineConfig
+from glmjax.worker.memory import fitting_pages
 from glmjax.worker.service import ModelCard
 
 _DEFAULTS = EngineConfig()
+_SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +41,21 @@ class Arguments:
         random_seed: of the weights that --load-format dummy makes.
         context_length: most tokens of a sequence, prompt and new ones; default the model's context.
         max_running_requests: sequences that decode at once.
-        max_total_tokens: rows of the cache; default enough for as many sequences of half the length, and one of the whole.
+        max_total_tokens: rows of the cache; default what --mem-fraction-static has room for, and on a CPU enough for as many
+            sequences of half the length, and one of the whole.
+        mem_fraction_static: share of the device's memory for the model and its cache; default 0.85 on a GPU.
         page_size: rows of a page: what is shared between requests, and granted, at a time.
         chunked_prefill_size: most prompt tokens of a dispatch, while which nobody decodes.
         max_queued_requests: that may wait; more are told to come again.
         speculative_num_draft_tokens: that the MTP layer drafts in a round, at most; fewer where that is faster. Default 3
             where the checkpoint has an MTP layer and a GPU runs it, else 0.
         disable_grammars: do without JSON schemas, regular expressions and grammars, and the programs for them.
+        disable_radix_cache: share nothing between requests.
         hicache_size: gigabytes of the host's memory for pages that the cache lets go of.
         stream_holdback: tokens of a stream that are kept back, so that an anomaly among them is mended or retried unseen.
         drain_seconds: that requests under way have after SIGTERM.
+        flight_recorder: folder for recordings of what was dispatched lately, for python -m glmjax.serving.replay: written
+            where an output was garbled, and on SIGUSR1. Default none: nothing is recorded.
         compilation_cache: folder that keeps compiled programs; default JAX_COMPILATION_CACHE_DIR or the user's cache.
         watchdog_timeout: seconds after which a step of the engine that does not end ends the worker.
         api_key: that calls must carry (authorization: Bearer API_KEY), probes aside; default GLMJAX_API_KEY, else none.
@@ -57,6 +66,7 @@ class Arguments:
         enable_metrics: answer Prometheus at http://HOST:METRICS_PORT/metrics.
         metrics_port: where.
         metrics_host: address for that; default --host.
+        otlp_traces_endpoint: of an OpenTelemetry collector (http://localhost:4317), for spans of requests; default none.
         replicas: workers, each with an engine of its own, on ports from --port on; on GPUs each gets its share of them. One
             that ends is begun again; SIGHUP begins all of them anew, one after another.
         gateway: put the Shepherd Model Gateway before the workers: OpenAI's and Anthropic's HTTP at
@@ -78,14 +88,17 @@ class Arguments:
     context_length: int | None = None
     max_running_requests: int = _DEFAULTS.max_num_seqs
     max_total_tokens: int | None = None
+    mem_fraction_static: float | None = None
     page_size: int = _DEFAULTS.page_size
     chunked_prefill_size: int = _DEFAULTS.chunk_tokens
     max_queued_requests: int = _DEFAULTS.max_queued
     speculative_num_draft_tokens: int | None = None
     disable_grammars: tyro.conf.FlagCreatePairsOff[bool] = False
+    disable_radix_cache: tyro.conf.FlagCreatePairsOff[bool] = False
     hicache_size: float = 0.0
     stream_holdback: int = 0
     drain_seconds: float = 30.0
+    flight_recorder: Path | None = None
     compilation_cache: Path | None = None
     watchdog_timeout: float = 300.0
     api_key: str | None = None
@@ -96,6 +109,7 @@ class Arguments:
     enable_metrics: tyro.conf.FlagCreatePairsOff[bool] = False
     metrics_port: int = 9090
     metrics_host: str | None = None
+    otlp_traces_endpoint: str | None = None
     replicas: int = 1
     gateway: tyro.conf.FlagCreatePairsOff[bool] = False
     gateway_port: int = 30000
@@ -113,6 +127,10 @@ class Arguments:
                 f"--stream-holdback {self.stream_holdback}, --drain-seconds {self.drain_seconds} and --hicache-size "
                 f"{self.hicache_size} must not be negative"
             )
+        if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static <= 1:
+            raise ValueError(f"--mem-fraction-static {self.mem_fraction_static} is outside 0..1; 0.85 is usual")
+        if self.mem_fraction_static is not None and self.max_total_tokens is not None:
+            raise ValueError("--mem-fraction-static and --max-total-tokens both say how large the cache is; give one")
         if self.watchdog_timeout <= 0 or self.decode_log_interval < 1:
             raise ValueError(
                 f"--watchdog-timeout {self.watchdog_timeout} and --decode-log-interval {self.decode_log_interval} must be "
@@ -127,7 +145,7 @@ class Arguments:
         """What the service tells of its model."""
         path = self.model_path.resolve()
         tokenizer = (self.tokenizer_path or path).resolve()
-        return ModelCard(str(path), str(tokenizer), self.served_model_name or path.name)
+        return ModelCard(str(path), str(tokenizer), self.served_model_name or path.name, _sampling_defaults(path))
 
     def model(self) -> GLM:
         """The model, loaded.
@@ -151,7 +169,10 @@ class Arguments:
 
         Args:
             glm: the model.
-            on_gpu: whether a GPU runs it: there drafts pay.
+            on_gpu: whether a GPU runs it: there drafts pay, and the cache takes what memory is left.
+
+        Raises:
+            ValueError: the device has no room for it; says for what it has.
         """
         drafts = self.speculative_num_draft_tokens
         if drafts is None:
@@ -160,11 +181,37 @@ class Arguments:
             max_model_len=self.context_length,
             max_num_seqs=self.max_running_requests,
             page_size=self.page_size,
-            pages=None if self.max_total_tokens is None else self.max_total_tokens // self.page_size,
+            pages=self._pages(glm, on_gpu),
             chunk_tokens=self.chunked_prefill_size,
             num_draft=drafts,
             grammars=not self.disable_grammars and glm.tokenizer is not None,
             max_queued=self.max_queued_requests,
             max_queued_per_client=self.max_queued_requests,
+            prefix_cache=not self.disable_radix_cache,
             offload_bytes=int(self.hicache_size * 1e9),
+            recorded_dispatches=_DEFAULTS.recorded_dispatches if self.flight_recorder else 0,
         )
+
+    def _pages(self, glm: GLM, on_gpu: bool) -> int | None:
+        """Of the cache."""
+        if self.max_total_tokens is not None:
+            return self.max_total_tokens // self.page_size
+        fraction = self.mem_fraction_static or (0.85 if on_gpu else None)
+        if fraction is None:
+            return None
+        pages = fitting_pages(glm, self.page_size, fraction)
+        length = self.context_length or glm.config.max_position_embeddings
+        if pages * self.page_size < length:
+            raise ValueError(
+                f"--context-length {length} is more than the device's memory has room for beside the model at "
+                f"--mem-fraction-static {fraction}; the longest that fits is {pages * self.page_size}"
+            )
+        return pages
+
+
+def _sampling_defaults(folder: Path) -> str:
+    """What a checkpoint's author would sample with, as JSON; "" where nothing is said."""
+    path = folder / "generation_config.json"
+    given = read_json(path) if path.exists() else {}
+    found = {name: given[name] for name in _SAMPLED if given.get(name) is not None}
+    return json.dumps(found) if found else ""

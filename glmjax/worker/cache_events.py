@@ -26,9 +26,9 @@ async def followed(engine: Engine, start: int) -> AsyncIterator[pb.KvEventBatch]
     changed, loop, size = asyncio.Event(), asyncio.get_running_loop(), engine.config.page_size
     with engine.events.watched(lambda: loop.call_soon_threadsafe(changed.set)):
         if start == 0:
-            everything = await asyncio.to_thread(engine.cached)
-            yield message(everything, size)
-            start = everything.number
+            for batch in await asyncio.to_thread(engine.cached):
+                yield message(batch, size)
+                start = batch.number
         while True:
             changed.clear()
             for batch in engine.events.after(start):

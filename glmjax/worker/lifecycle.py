@@ -22,9 +22,11 @@ from glmjax.kept_programs import compilation_cache
 from glmjax.serving.engine import Engine
 from glmjax.worker.arguments import Arguments
 from glmjax.worker.batch_log import BatchLog
+from glmjax.worker.flight_files import FlightFiles
 from glmjax.worker.protocol import SERVICE
 from glmjax.worker.security import Bearer, credentials
 from glmjax.worker.service import Service
+from glmjax.worker.tracing import traces_to
 
 _LOG = logging.getLogger(__name__)
 _MESSAGE_BYTES = 64 << 20
@@ -52,6 +54,9 @@ class Worker:
         make_engine: what is served; it may take its time. Default what the flags say.
         told: is called with whether requests are taken, whenever that changes.
 
+    Raises:
+        ValueError: flags that cannot be followed here.
+
     Attributes:
         port: that it listens on, once it has started.
         service: its calls.
@@ -65,12 +70,14 @@ class Worker:
     ):
         self._arguments, self._make_engine = arguments, make_engine or (lambda: engine_of(arguments))
         self._told = told
-        self.service = Service(arguments.card(), arguments.stream_holdback)
+        self._traces = traces_to(arguments.otlp_traces_endpoint, arguments.card().served_model_name)
+        self.service = Service(arguments.card(), arguments.stream_holdback, self._traces)
         key = arguments.api_key or os.environ.get("GLMJAX_API_KEY")
         self._server = grpc.aio.server(options=_OPTIONS, interceptors=[Bearer(key)] if key else [])
         self._health = health.aio.HealthServicer()
         self._leaving = asyncio.Event()
         self._engine: Engine | None = None
+        self._flights: FlightFiles | None = None
         self._close_metrics: Callable[[], None] = lambda: None
         self.port = 0
 
@@ -93,6 +100,8 @@ class Worker:
                 return 0
             try:
                 self._engine = starting.result()
+                if self._arguments.flight_recorder is not None:
+                    self._flights = FlightFiles(self._engine, self._arguments.flight_recorder)
                 self.service.serve(self._engine)
                 await self._health.set(SERVICE, _SERVING)
                 self._told(True)
@@ -118,6 +127,8 @@ class Worker:
         while self._engine.alive:
             if self._engine.stalled_seconds > timeout:
                 return f"a step of the engine has not ended after --watchdog-timeout {timeout:.0f} s"
+            if self._flights is not None:
+                await asyncio.to_thread(self._flights.look)
             await asyncio.sleep(min(_WATCH_SECONDS, timeout))
         return "the engine's thread has ended"
 
@@ -167,10 +178,15 @@ class Worker:
                 signal.raise_signal(signal.SIGTERM)
             self.leave()
 
+        def record() -> None:
+            if self._flights is not None:
+                loop.run_in_executor(None, self._flights.write, "asked")
+
         for name in names:
             loop.add_signal_handler(name, asked)
+        loop.add_signal_handler(signal.SIGUSR1, record)
         yield
-        for name in names:
+        for name in (*names, signal.SIGUSR1):
             loop.remove_signal_handler(name)
 
     async def _drain(self) -> None:
@@ -186,6 +202,7 @@ class Worker:
             await asyncio.to_thread(self._engine.close)
         await self._server.stop(_GRACE_SECONDS)
         await asyncio.to_thread(self._close_metrics)
+        await asyncio.to_thread(self._traces.close)
         _LOG.info("closed")
 
 

@@ -10,6 +10,7 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -29,9 +30,12 @@ from glmjax.worker.profiling import Profiler
 from glmjax.worker.protocol import Asked, Telling, asked_of, input_logprobs
 from glmjax.worker.statuses import REASON, NotServingError, status_of
 from glmjax.worker.tokenizer_files import CHUNK_BYTES, packed
+from glmjax.worker.tracing import NoTraces, Span, Traces
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_WAIT = 24 * 3600.0
+_BEGINNERS = 4
+"""Requests whose texts and grammars are read at a time: the engine's thread wants its share of the processor."""
 _REASONING_PARSER = "glm45"
 """What vLLM and the gateway call the form of GLM's thoughts."""
 _UNEXPECTED = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
@@ -45,11 +49,14 @@ class ModelCard:
         model_path: directory of the checkpoint.
         tokenizer_path: of its tokenizer.
         served_model_name: by which clients ask for it.
+        default_sampling_params_json: what to sample with where a client says nothing, by the checkpoint's
+            generation_config.json; "" for nothing.
     """
 
     model_path: str
     tokenizer_path: str
     served_model_name: str
+    default_sampling_params_json: str = ""
 
 
 class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
@@ -60,13 +67,15 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
     Args:
         card: what it tells of its model.
         holdback: tokens of a stream that are kept back, so that an anomaly among them can be mended or retried unseen.
+        traces: where requests' spans go.
 
     Attributes:
         live: requests under way.
         metrics: what is counted of them.
     """
 
-    def __init__(self, card: ModelCard, holdback: int = 0):
+    def __init__(self, card: ModelCard, holdback: int = 0, traces: Traces | None = None):
+        self._traces = traces or NoTraces()
         self.live = Live()
         self.metrics = Metrics(card.served_model_name, lambda: self._engine and self._engine.stats())
         self._card, self._holdback = card, holdback
@@ -74,6 +83,7 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
         self._refusal: NotServingError | None = NotServingError("starting")
         self._began, self._received = time.time(), 0.0
         self._profiler = Profiler()
+        self._beginners = ThreadPoolExecutor(_BEGINNERS, "beginner")
 
     def serve(self, engine: Engine) -> None:
         """Take requests from now on."""
@@ -89,13 +99,18 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Tokens as they come, or all of them in the end."""
-        self._received = time.time()
+        self._received, name = time.time(), request.request_id or uuid.uuid4().hex
+        span, failed = self._traces.request(name, context.invocation_metadata()), "cancelled"
         try:
-            async for response in self._generated(request, context):
+            async for response in self._generated(request, name, span, context):
                 yield response
+            failed = None
         except Exception as error:
-            self.metrics.aborted(dict(status_of(error).metadata)[REASON])
+            failed = dict(status_of(error).metadata)[REASON]
+            self.metrics.aborted(failed)
             await _end(context, error)
+        finally:
+            span.end(failed)
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
         """End requests where they are. Ids that are not under way are passed over: they may have just ended."""
@@ -108,9 +123,9 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
         await _end(context, NotImplementedError("this model generates text; it was not trained to give embeddings"))
 
     async def _generated(
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+        self, request: pb.GenerateRequest, name: str, span: Span, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
-        engine, name = await self._serving(), request.request_id or uuid.uuid4().hex
+        engine = await self._serving()
         live = self.live.enter(name)
         # However the call ends: its generator may be left at a `yield` that nobody comes back to.
         context.add_done_callback(lambda _: live.leave())
@@ -122,6 +137,7 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
             if asked.params.prompt_logprobs is not None and telling[chunk.index].prompt is None:
                 telling[chunk.index].prompt = await asyncio.to_thread(input_logprobs, ids, stream.prompt_scores)
             timed.push(chunk)
+            span.push(chunk)
             for response in telling[chunk.index].responses(chunk):
                 yield response
 
@@ -135,7 +151,7 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
             holdback = self._holdback if stream else math.inf
             return ids, engine.generate(ids, params, n=asked.n, timeout=timeout, holdback=holdback)
 
-        begun = asyncio.ensure_future(asyncio.to_thread(begin))
+        begun = asyncio.get_running_loop().run_in_executor(self._beginners, begin)
         # Also when nobody waits for it any more: then it is cancelled.
         begun.add_done_callback(lambda begun: begun.exception() or live.attach(begun.result()[1]))
         return await asyncio.shield(begun)
@@ -217,6 +233,8 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
         engine = await self._told(context)
         start = request.start_sequence_number
         try:
+            if not engine.config.prefix_cache:
+                raise NotImplementedError("nothing is shared between requests here (--disable-radix-cache)")
             if start:
                 engine.events.after(start)  # refused at once, where the gateway expects it
             await context.send_initial_metadata(())  # else who subscribes waits for the first batch

@@ -1,5 +1,6 @@
 """The service as clients meet it: through a channel, from a process' own worker, whose engine is a real one."""
 
+import dataclasses
 import hashlib
 import io
 import re
@@ -286,6 +287,14 @@ def test_followers_are_told_when_the_worker_leaves():
     running.leave()
     assert failure(following.call)[:2] == (grpc.StatusCode.UNAVAILABLE, "closed")
     assert running.closed() == 0
+
+
+def test_where_nothing_is_shared_there_is_nothing_to_follow(running, monkeypatch):
+    monkeypatch.setattr(running.engine, "config", dataclasses.replace(CONFIG, prefix_cache=False))
+    assert failure(Batches(running).call)[0] is grpc.StatusCode.UNIMPLEMENTED
+    for _ in range(2):
+        [whole] = complete(running, asked("abcdefgh" * 4))
+        assert whole.cached_tokens == 0
 
 
 def test_a_cache_in_use_is_not_flushed(running):
