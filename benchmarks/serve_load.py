@@ -119,9 +119,11 @@ def check(asked: Sequence[Asked], seen: Sequence[Seen], alone: Sequence[Seen], m
             lost[found.failure] += 1
         elif found.answer == expected.answer:
             same += 1
+        elif isinstance(found.answer, str):
+            wrong += 1
         else:
             glm = glm or glmjax.load(model)
-            near = isinstance(found.answer, tuple) and _tied(glm, one, found.answer, expected.answer)
+            near = _tied(glm, one, found.answer, expected.answer)
             ties, wrong = ties + near, wrong + (not near)
     return Checked(same, ties, wrong, lost)
 

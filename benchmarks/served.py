@@ -53,7 +53,7 @@ def served(flags: Sequence[str], *, replicas: int = 1, gateway: bool = False) ->
     Raises:
         RuntimeError: they do not start; says what they said.
     """
-    port = _free_ports(2 * replicas + 3)
+    port = free_ports(2 * replicas + 3)
     address, url = f"127.0.0.1:{port}", f"http://127.0.0.1:{port + 2 * replicas + 2}" if gateway else ""
     several = ["--gateway", "--gateway-port", port + 2 * replicas + 2] if gateway else []
     command = [
@@ -65,7 +65,7 @@ def served(flags: Sequence[str], *, replicas: int = 1, gateway: bool = False) ->
         with open(log, "wb") as file:
             process = subprocess.Popen([str(word) for word in command], stdout=file, stderr=file)
         try:
-            while not (_gateway_knows(url) == replicas if gateway else _serving(address)):
+            while not (gateway_knows(url) == replicas if gateway else serving(address)):
                 if process.poll() is not None or time.monotonic() - began > _SECONDS:
                     raise RuntimeError(f"{' '.join(map(str, command))} does not serve:\n{log.read_text()}")
                 time.sleep(0.1)
@@ -78,7 +78,8 @@ def served(flags: Sequence[str], *, replicas: int = 1, gateway: bool = False) ->
                 process.kill()
 
 
-def _serving(address: str) -> bool:
+def serving(address: str) -> bool:
+    """Whether a worker takes requests."""
     with grpc.insecure_channel(address) as channel:
         try:
             asked = health_pb2.HealthCheckRequest(service=SERVICE)
@@ -88,8 +89,8 @@ def _serving(address: str) -> bool:
     return told.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def _gateway_knows(url: str) -> int:
-    """Workers that it asks."""
+def gateway_knows(url: str) -> int:
+    """How many workers a gateway sends requests to."""
     try:
         with urllib.request.urlopen(f"{url}/workers", timeout=5) as told:
             return sum(worker["is_healthy"] for worker in json.load(told)["workers"])
@@ -97,7 +98,7 @@ def _gateway_knows(url: str) -> int:
         return 0
 
 
-def _free_ports(count: int) -> int:
+def free_ports(count: int) -> int:
     """The first of some that follow each other."""
     for first in range(21_000, 60_000, 32):
         with contextlib.ExitStack() as bound:
