@@ -44,6 +44,7 @@ class Arguments:
         loads: offered, as shares of what the worker can do.
         seconds: of each load.
         running: sequences that decode at once.
+        queued: requests that may wait; more are refused.
         context: most tokens of a sequence.
         first: seconds until the first token that are good enough.
         between: seconds from token to token that are.
@@ -56,6 +57,7 @@ class Arguments:
     loads: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     seconds: float = 20.0
     running: int = 8
+    queued: int = 1024
     context: int = 1024
     first: float = 2.0
     between: float = 0.1
@@ -249,6 +251,7 @@ def main(arguments: Arguments) -> None:
     flags = [
         *("--model-path", str(arguments.model_path), "--context-length", str(arguments.context)),
         *("--max-running-requests", str(arguments.running), "--log-level", "warning", "--chunked-prefill-size", "256"),
+        *("--max-queued-requests", str(arguments.queued)),
     ]
     with served(flags, gateway=bool(arguments.pairs)) as running:
         print(f"ready after {running.began:.1f} s")
