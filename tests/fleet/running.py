@@ -1,17 +1,15 @@
 """A fleet as a process of its own, as an operator starts it: a small model, random weights, the tokenizer of the box's."""
 
 import contextlib
-import http.client
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from benchmarks.served import free_ports, gateway_knows
 from glmjax.nano import NANO
 
 TINY = Path(__file__).parents[1] / "tiny.json"
@@ -27,19 +25,6 @@ def small(folder):
     sizes = json.loads(TINY.read_text()) | {"vocab_size": own["vocab_size"], "eos_token_id": own["eos_token_id"]}
     (folder / "config.json").write_text(json.dumps(sizes | {"max_position_embeddings": CONTEXT}))
     return folder
-
-
-def free_ports(count):
-    """A port with as many free ones behind it."""
-    for first in range(20_000 + os.getpid() % 10_000, 60_000, 16):
-        with contextlib.ExitStack() as bound:
-            try:
-                for port in range(first, first + count):
-                    bound.enter_context(socket.create_server(("127.0.0.1", port)))
-            except OSError:
-                continue
-            return first
-    raise OSError("no free ports")
 
 
 class RunningFleet:
@@ -66,23 +51,11 @@ class RunningFleet:
     def ready(self, workers=None, seconds=240):
         """Once the gateway knows as many workers."""
         end = time.monotonic() + seconds
-        while self.healthy() != (workers or self.replicas):
+        while gateway_knows(self.url) != (workers or self.replicas):
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < end, self.log.read_text()
             time.sleep(0.1)
         return self
-
-    def healthy(self):
-        """Workers that the gateway asks."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.first + 7, timeout=10)
-        try:
-            connection.request("GET", "/workers")
-            workers = json.load(connection.getresponse())["workers"]
-        except (OSError, ValueError, http.client.HTTPException):
-            return 0
-        finally:
-            connection.close()
-        return sum(worker["is_healthy"] for worker in workers)
 
     def signal(self, which):
         self.process.send_signal(which)

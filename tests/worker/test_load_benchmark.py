@@ -9,17 +9,9 @@ import pytest
 from benchmarks.load_targets import Seen, Worker
 from benchmarks.load_workload import Asked, arrivals, workload
 from benchmarks.serve_load import check, closed_loop, open_loop
-from tests.worker.running import PROMPT, Running
+from tests.worker.running import PROMPT
 
 NOWHERE = Path("nowhere")
-
-
-@pytest.fixture(scope="module")
-def running():
-    running = Running().ready()
-    yield running
-    running.leave()
-    assert running.closed() == 0
 
 
 def test_a_workload_is_its_seeds():

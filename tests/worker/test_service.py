@@ -21,14 +21,6 @@ from tests.serving.test_grammar import CONFIG, LENGTH, glm
 from tests.worker.running import NOT_SERVING, PROMPT, SERVING, Running, alone, asked, complete, endless, failure, until
 
 
-@pytest.fixture(scope="module")
-def running():
-    running = Running().ready()
-    yield running
-    running.leave()
-    assert running.closed() == 0
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_left(running):
     yield
