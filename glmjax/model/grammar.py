@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
 
-from glmjax.model.lark import SPACING, Lark
+from glmjax.model.lark import SPACING, Lark, names_in
 from glmjax.model.sampling_params import SamplingParams
 from glmjax.model.stops import Stops
 from glmjax.model.structural_tag import structural_tag
@@ -22,6 +22,11 @@ from glmjax.model.tokenizer import Tokenizer
 
 THOUGHT, THOUGHT_END = "<think>", "</think>"
 """Between which the model thinks."""
+MOST_CHARACTERS, MOST_CHOICES = 256 << 10, 10_000
+"""Of a grammar: the time that it takes to read grows faster than its size, and cannot be cut short."""
+MOST_NAMES = 1000
+"""Rules and references of a grammar. They may refer to each other in a chain, which llguidance follows down a stack: one of
+thousands would end the process."""
 
 
 class Grammars:
@@ -60,10 +65,17 @@ class Grammars:
         """
         if (name := params.constraint) is None:
             return None
+        given = getattr(params, name)
+        if (size := len(given if isinstance(given, str) else json.dumps(given, default=dict))) > MOST_CHARACTERS:
+            raise ValueError(f"{name} has {size} characters; simplify it to at most {MOST_CHARACTERS}")
+        if name == "choice" and len(given) > MOST_CHOICES:
+            raise ValueError(f"choice has {len(given)} texts; give at most {MOST_CHOICES}, or a regex")
         try:
-            text = _text(name, getattr(params, name))
-        except ValueError as error:
+            text = _text(name, given)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{name} is not one: {error}") from error
+        if (count := names_in(text)) > MOST_NAMES:
+            raise ValueError(f"{name} has {count} rules and references; simplify it to at most {MOST_NAMES}")
         if not params.grammar_from_first_token and self._thinking(prompt):
             text = _after_thoughts(text)
         limits = LLParserLimits(verbose_errors=False)

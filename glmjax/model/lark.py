@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator"
 """Of JSON, where a schema has no "x-guidance" of its own: as `json.dumps` sets it."""
 TEXT = "/(?s:.*)/"
 """Any."""
+_RULE = re.compile(r"^[^\n:\"/]*:", re.MULTILINE)
+_WRITTEN = ""  # name of the part that `Lark` writes
 
 
 class Lark:
@@ -30,7 +33,9 @@ class Lark:
             start: the expression that texts follow.
         """
         rules = "\n".join([f"start: {start}", *self._rules])
-        return json.dumps({"grammars": [{"name": "", "lark_grammar": f"%llguidance {{}}\n{rules}\n"}, *self._parts]})
+        return json.dumps(
+            {"grammars": [{"name": _WRITTEN, "lark_grammar": f"%llguidance {{}}\n{rules}\n"}, *self._parts]}
+        )
 
     def part(self, grammar: str) -> str:
         """What follows a grammar of its own.
@@ -72,6 +77,19 @@ def parts_of(grammar: str) -> list[dict[str, Any]]:
     if grammar.lstrip().startswith("{"):
         return json.loads(grammar)["grammars"]
     return [{"lark_grammar": grammar}]
+
+
+def names_in(grammar: str) -> int:
+    """How many rules somebody has given it, and how many references to definitions of JSON schemas it has.
+
+    Args:
+        grammar: as llguidance takes it, in Lark or as JSON.
+    """
+    count = 0
+    for part in parts_of(grammar):
+        text = part.get("lark_grammar") or json.dumps(part.get("json_schema"))
+        count += text.count('"$ref"') + (0 if part.get("name") == _WRITTEN else len(_RULE.findall(text)))
+    return count
 
 
 def either(expressions: Iterable[str]) -> str:

@@ -22,6 +22,7 @@ from glmjax.kept_programs import compilation_cache
 from glmjax.serving.engine import Engine
 from glmjax.worker.arguments import Arguments
 from glmjax.worker.batch_log import BatchLog
+from glmjax.worker.decoding import Decoding
 from glmjax.worker.flight_files import FlightFiles
 from glmjax.worker.protocol import SERVICE
 from glmjax.worker.security import Bearer, credentials
@@ -73,7 +74,7 @@ class Worker:
         self._traces = traces_to(arguments.otlp_traces_endpoint, arguments.card().served_model_name)
         self.service = Service(arguments.card(), arguments.stream_holdback, self._traces)
         key = arguments.api_key or os.environ.get("GLMJAX_API_KEY")
-        self._server = grpc.aio.server(options=_OPTIONS, interceptors=[Bearer(key)] if key else [])
+        self._server = grpc.aio.server(options=_OPTIONS, interceptors=[*([Bearer(key)] if key else []), Decoding()])
         self._health = health.aio.HealthServicer()
         self._leaving = asyncio.Event()
         self._engine: Engine | None = None

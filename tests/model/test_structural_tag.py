@@ -244,6 +244,7 @@ def test_it_may_begin_at_once_in_a_thought():
 @pytest.mark.parametrize(
     ("format", "message"),
     [
+        (text("x" * 300_000), "characters; simplify it"),
         ({"type": "odd"}, "the format 'odd' is not known"),
         ({"type": "ended"}, "the format 'ended' is not known"),
         ({"type": "sequence"}, "lacks 'elements'"),
@@ -266,7 +267,43 @@ def test_what_is_no_format_is_refused(format, message):
         fits(format, "a")
 
 
+def chain(rules):
+    return "start: a0\n" + "".join(f"a{n}: a{n + 1}\n" for n in range(rules)) + f'a{rules}: "x"'
+
+
+def referring(definitions):
+    chained = {f"a{n}": {"$ref": f"#/$defs/a{n + 1}"} for n in range(definitions)} | {f"a{definitions}": {}}
+    return json.dumps({"$ref": "#/$defs/a0", "$defs": chained})
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"grammar": chain(5000)},
+        {"grammar": "root ::= a0\n" + "\n".join(f"a{n} ::= a{n + 1}" for n in range(5000)) + '\na5000 ::= "x"'},
+        {"json_schema": referring(5000)},
+        {"structural_tag": json.dumps({"format": {"type": "grammar", "grammar": chain(5000)}})},
+    ],
+    ids=["Lark", "GBNF", "JSON schema", "structural tag"],
+)
+def test_a_chain_that_would_take_all_of_the_stack_is_refused(asked):
+    with pytest.raises(ValueError, match="rules and references; simplify it to at most 1000"):
+        follows("x", **asked)
+
+
+def test_a_long_chain_and_many_tools_are_not():
+    assert follows("x", grammar=chain(900)) == "x"
+    schema = {"properties": {f"p{n}": {"type": "string"} for n in range(10)}}
+    many = tools(**{f"f{n}x": schema for n in range(200)})
+    assert fits(many, call("f77x", p3="a"))
+
+
+def test_too_many_choices_are_refused():
+    with pytest.raises(ValueError, match="choice has 10001 texts; give at most 10000"):
+        follows("1", choice=tuple(map(str, range(10_001))))
+
+
 def test_what_is_too_deep_is_refused():
     deep = '{"type": "plus", "content": ' * 500 + '{"type": "const_string", "value": "a"}' + "}" * 500
-    with pytest.raises(ValueError, match=r"too deep|cannot be followed"):
+    with pytest.raises(ValueError, match=r"too deep|cannot be followed|recursion"):
         follows("a", structural_tag=f'{{"format": {deep}}}')
