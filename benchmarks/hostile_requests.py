@@ -20,7 +20,7 @@ from glmjax.worker.protocol import SERVICE
 
 GENERATE = f"/{SERVICE}/Generate"
 _SECONDS = 20.0
-_OVERSIZED = (64 << 20) + 1
+_OVERSIZED = (16 << 20) + 1
 _SAFE = ("Generate", "Embed", "HealthCheck", "Abort", "GetModelInfo", "GetServerInfo", "GetLoads", "GetTokenizer")
 """Methods that may be sent anything: whatever it is read as, nothing is written anywhere."""
 

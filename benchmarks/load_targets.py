@@ -6,7 +6,8 @@ import asyncio
 import dataclasses
 import json
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 import grpc
@@ -151,3 +152,19 @@ async def watched(worker: Worker, every: float) -> AsyncIterator[tuple[int, int]
     while True:
         yield await worker.loads()
         await asyncio.sleep(every)
+
+
+def outcomes(seen: Sequence[Seen], alone: Sequence[Seen]) -> str:
+    """What became of requests, in words.
+
+    Args:
+        seen: how they went.
+        alone: how each went while nobody else was there.
+    """
+    found: Counter[str] = Counter()
+    for one, expected in zip(seen, alone, strict=True):
+        if one.answer is not None:
+            found["answered as alone" if one.answer == expected.answer else "answered wrongly"] += 1
+        else:
+            found[f"{'had begun' if one.times else 'had not begun'} and failed ({one.failure})"] += 1
+    return ", ".join(f"{count} {what}" for what, count in found.most_common()) or "none"

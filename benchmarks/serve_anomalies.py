@@ -15,13 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
-from benchmarks.load_targets import Gateway, Seen, Worker
+from benchmarks.load_targets import Gateway, Worker, outcomes
 from benchmarks.load_workload import workload
 from benchmarks.measure import machine
 from benchmarks.serve_load import closed_loop
@@ -97,7 +95,7 @@ async def run(arguments: Arguments, good: str, garbling: str, url: str, manifest
     for stream in (False, True):
         mine = [one._replace(stream=stream) for one in asked]
         seen = await closed_loop(gateway, mine, arguments.clients, "streamed" if stream else "whole")
-        lines.append(f"{'streamed' if stream else 'whole'}: {_counts(seen, alone)}")
+        lines.append(f"{'streamed' if stream else 'whole'}: {outcomes(seen, alone)}")
         for worker in workers:
             await worker.flush()
     for target in (gateway, *workers):
@@ -111,17 +109,6 @@ async def _sends_to(url: str, manifest: Path, *addresses: str) -> None:
     new.replace(manifest)
     while await asyncio.to_thread(gateway_knows, url) != len(addresses):
         await asyncio.sleep(0.1)
-
-
-def _counts(seen: Sequence[Seen], alone: Sequence[Seen]) -> str:
-    """What became of requests, in words."""
-    found: Counter[str] = Counter()
-    for one, expected in zip(seen, alone, strict=True):
-        if one.answer is not None:
-            found["answered as alone" if one.answer == expected.answer else "answered wrongly"] += 1
-        else:
-            found[f"{'had begun' if one.times else 'had not begun'} and failed ({one.failure})"] += 1
-    return ", ".join(f"{count} {what}" for what, count in found.most_common())
 
 
 def main(arguments: Arguments) -> None:

@@ -98,6 +98,22 @@ def gateway_knows(url: str) -> int:
         return 0
 
 
+def children(pid: int) -> list[int]:
+    """Workers of a process that has begun several, first the one that began first; the gateway is begun before them.
+
+    Args:
+        pid: of the process.
+    """
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            _, _, after = path.read_text().rpartition(")")
+            parent, began = int(after.split()[1]), int(after.split()[19])
+            if parent == pid and "spawn_main" in (path.parent / "cmdline").read_text():
+                found.append((began, int(path.parent.name)))
+    return [child for _, child in sorted(found)]
+
+
 def free_ports(count: int) -> int:
     """The first of some that follow each other."""
     for first in range(21_000, 60_000, 32):

@@ -3,13 +3,15 @@
 There are two layers in one folder. JAX's persistent compilation cache, set up so that it keeps everything, spares compiling:
 JAX by itself keeps nothing, and once told where, only what took a second; of an engine's programs on small models, that is
 few. It is found by a program's text, so a start still traces every program to find it. What `compiled` keeps spares that,
-too: whole executables, found by all that the text is made of, the source of this package included.
+too: whole executables, found by all that the text is made of, the source of this package included; and by the text, for the
+first start with another source.
 
 The library writes nowhere unasked; the commands of the terminal keep programs in the user's cache.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -82,7 +84,8 @@ def compiled(lower: Callable[[], jax.stages.Lowered], *identity: Any) -> jax.sta
     """An executable that was kept, else a new one, which is kept where `compilation_cache` was asked for.
 
     It is found by `identity` and by what every program depends on: the source of this package, versions, the devices,
-    JAX's settings and XLA's. So the program must be made by this package alone. Of what JAX's cache had there is none.
+    JAX's settings and XLA's. So the program must be made by this package alone. Where the source is another one, it is
+    traced, and found by its text. Of what JAX's cache had nothing is kept.
 
     Args:
         lower: traces the program.
@@ -90,22 +93,25 @@ def compiled(lower: Callable[[], jax.stages.Lowered], *identity: Any) -> jax.sta
     """
     if not _asked or jax.config.jax_compilation_cache_dir is None:
         return lower().compile()
-    folder = Path(jax.config.jax_compilation_cache_dir) / _FOLDER / _surroundings()
-    path = folder / hashlib.sha256(repr(identity).encode()).hexdigest()
-    try:
-        program = serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
-        os.utime(folder)  # it is in use
+    by_source, by_text = _folders()
+    path = by_source / _name(identity)
+    if (program := _loaded(path)) is not None:
+        for folder in (by_source, by_text):  # they are in use
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(folder)
         return program
-    except FileNotFoundError:
-        pass
-    except Exception as error:  # whatever is in the file: it is only a copy
-        _LOG.warning("a kept program is of no use (%s: %s); compiling it again", type(error).__name__, error)
-    _thread.loaded = False
-    program = lower().compile()
-    if _thread.loaded:  # XLA for CPUs forgets functions of what it has loaded: a copy of a copy does not run
-        return program
+    lowered = lower()
+    same = by_text / _name((lowered.as_text(), lowered.in_tree, lowered.out_tree))
+    program = _loaded(same)
+    if new := program is None:
+        _thread.loaded = False
+        program = lowered.compile()
+        if _thread.loaded:  # XLA for CPUs forgets functions of what it has loaded: a copy of a copy does not run
+            return program
     try:
-        _write(path, pickle.dumps(serialize_executable.serialize(program)))
+        if new:
+            _write(same, pickle.dumps(serialize_executable.serialize(program)))
+        _write(path, same.read_bytes())
     except (OSError, ValueError, NotImplementedError) as error:  # a full disk, a device that cannot
         _LOG.warning("a program could not be kept (%s: %s)", type(error).__name__, error)
     return program
@@ -123,21 +129,47 @@ def _listen(event: str, **_: Any) -> None:
         _thread.loaded = True
 
 
-def _surroundings() -> str:
-    """What every program depends on, as a name."""
+def _loaded(path: Path) -> jax.stages.Compiled | None:
+    """What is kept there, if it is of any use."""
+    try:
+        return serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # whatever is in the file: it is only a copy
+        _LOG.warning("a kept program is of no use (%s: %s); compiling it again", type(error).__name__, error)
+    return None
+
+
+def _folders() -> tuple[Path, Path]:
+    """Of programs of this source, and of the same whatever source they are of."""
+    root = Path(jax.config.jax_compilation_cache_dir) / _FOLDER
+    surroundings = _surroundings()
+    return root / _name((_source(), surroundings))[:16], root / _name(surroundings)[:16]
+
+
+def _name(identity: Any) -> str:
+    return hashlib.sha256(repr(identity).encode()).hexdigest()
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """What every program depends on, the source of this package aside."""
     names = sorted(name for name in jax.config.values if not name.startswith(("jax_compilation", "jax_persistent")))
     settings = {name: getattr(jax.config, name, None) for name in names}
     variables = {name: os.environ[name] for name in sorted(os.environ) if name.startswith(("XLA_", "GLMJAX_"))}
     devices = [(device.platform, device.device_kind, device.client.platform_version) for device in jax.devices()]
-    everything = (_source(), _machine(), settings, variables, devices, dispatch.current())
-    return hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
+    return _versions(), _machine(), settings, variables, devices, dispatch.current()
+
+
+@functools.cache
+def _versions() -> list[str]:
+    """Of what this package calls."""
+    return [version(name) for name in ("jax", "jaxlib", "flax", "numpy")]
 
 
 @functools.cache
 def _source() -> str:
-    """Of this package, and the versions of what it calls."""
-    root = Path(__file__).parent
-    digest = hashlib.sha256(repr([version(name) for name in ("jax", "jaxlib", "flax", "numpy")]).encode())
+    """Of this package."""
+    root, digest = Path(__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

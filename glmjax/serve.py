@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(
             level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
         )
+        key = arguments.api_key or os.environ.get("GLMJAX_API_KEY") or None  # as a flag's default, --help would show it
+        arguments = dataclasses.replace(arguments, api_key=key)
         several = arguments.gateway or arguments.replicas > 1
         return (fleet.run if several else lifecycle.run)(arguments)
     except (ValueError, OSError) as error:

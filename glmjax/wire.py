@@ -14,14 +14,19 @@ from glmjax.model.sampling_params import MAX_LOGPROBS, SamplingParams
 
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024
 """Stop strings of a request, and characters of each: every token's text is compared with all of them."""
+MAX_TOKENS_NAMED = 2**18
+"""Token ids in a field: more than any vocabulary has, so who gives more names some of them twice."""
 
 
 def sampling_params_of(given: pb.SamplingParams) -> SamplingParams:
     """How to sample and when to stop, as vLLM's servicer understands it.
 
     Raises:
-        ValueError: too many stop strings, too many logprobs, or choices that are none.
+        ValueError: too many stop strings, tokens or logprobs.
     """
+    for name in ("stop_token_ids", "logit_bias"):
+        if (count := len(getattr(given, name))) > MAX_TOKENS_NAMED:
+            raise ValueError(f"{name} has {count} tokens; give each once, at most {MAX_TOKENS_NAMED}")
     if len(given.stop) > MAX_STOPS or any(len(text) > MAX_STOP_LENGTH for text in given.stop):
         raise ValueError(
             f"stop has {len(given.stop)} strings of up to {max(map(len, given.stop))} characters; give at most "

@@ -63,29 +63,52 @@ def test_a_second_start_neither_compiles_nor_traces_the_engines_programs(first):
     assert after["compile_requests_use_cache"] <= before["compile_requests_use_cache"] - before["programs"]
 
 
+def test_a_start_with_another_source_finds_programs_by_their_text(first, tmp_path):
+    folder, before = first
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    of_this_source = copy / "executables" / kept_by_source(copy)
+    of_this_source.rename(of_this_source.with_name("other"))
+    for _ in range(2):
+        after = start(str(copy))
+        assert after["ids"] == before["ids"]
+        assert "cache_misses" not in after
+        assert after["compile_requests_use_cache"] <= before["compile_requests_use_cache"] - before["programs"]
+        assert len(list(of_this_source.iterdir())) == before["programs"]
+
+
 def test_what_is_lost_or_broken_is_found_in_jaxs_cache(first, tmp_path):
     folder, before = first
     copy = shutil.copytree(folder, tmp_path / "copy")
-    kept = [path for path in (copy / "executables").rglob("*") if path.is_file()]
-    assert len(kept) == before["programs"]
-    kept[0].unlink()
-    kept[1].write_bytes(b"no program")
+    by_source = copy / "executables" / kept_by_source(copy)
+    [by_text] = {path for path in by_source.parent.iterdir() if path != by_source}
+    shutil.rmtree(by_text)
+    lost, broken, *_ = by_source.iterdir()
+    lost.unlink()
+    broken.write_bytes(b"no program")
     after = start(str(copy))
     assert after["ids"] == before["ids"]
     assert "cache_misses" not in after
     # What JAX has loaded is not kept again: it would not run.
-    assert not kept[0].exists()
-    assert kept[1].read_bytes() == b"no program"
+    assert not lost.exists()
+    assert broken.read_bytes() == b"no program"
 
 
-def test_other_sources_or_kernels_are_another_place():
-    ours = kept_programs._surroundings()
-    assert kept_programs._surroundings() == ours
+def kept_by_source(folder):
+    """The folder's name of programs by what they are made of: the one that was made last."""
+    return max((folder / "executables").iterdir(), key=lambda path: path.stat().st_mtime_ns).name
+
+
+def test_other_kernels_are_another_place(settings, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    ours = kept_programs._folders()
+    assert kept_programs._folders() == ours
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kept_programs, "_source", lambda: "edited")
-        assert kept_programs._surroundings() != ours
+        by_source, by_text = kept_programs._folders()
+        assert by_source != ours[0]
+        assert by_text == ours[1]
     with dispatch.implementation("mosaic"):
-        assert kept_programs._surroundings() != ours
+        assert not {*kept_programs._folders()} & {*ours}
 
 
 def test_a_program_is_told_apart_by_all_it_is_made_of():

@@ -41,7 +41,7 @@ from glmjax.serving.running import MOST_RETIRED, Running
 from glmjax.serving.scheduler import STOP_IDS, Scheduler
 from glmjax.serving.shapes import Shapes
 from glmjax.serving.slots import Slots
-from glmjax.serving.stats import EngineStats
+from glmjax.serving.stats import EngineMemory, EngineStats
 from glmjax.serving.stream import Stream
 
 _COUNTED = (
@@ -80,6 +80,7 @@ class Engine:
         observer: is told, in the engine's thread, of every dispatch whose log has been read; None for nobody.
 
     Attributes:
+        shapes: of its programs.
         events: what comes into the prefix tree and leaves it.
 
     Raises:
@@ -108,7 +109,7 @@ class Engine:
             raise ValueError(f"num_draft is {self.config.num_draft} and the model has no MTP layer; set it to 0")
         if self.config.grammars:
             _ = glm.grammars  # refuses models that cannot follow any, and takes a while
-        shapes = Shapes(self.config, self.max_model_len, glm.config.vocab_size)
+        self.shapes = Shapes(self.config, self.max_model_len, glm.config.vocab_size)
         self._faults, self._offload = Faults(self.config.faults), None
         if self.config.offload_bytes:
             size = self.config.page_size
@@ -116,7 +117,7 @@ class Engine:
         self.events = CacheEvents()
         self._running = Running(self.config, self.pages, self._offload, self._faults, self.events)
         self._recorder = Recorder(self.pages, self.config.recorded_dispatches)
-        self._scheduler = Scheduler(self.config, shapes, self._running)
+        self._scheduler = Scheduler(self.config, self.shapes, self._running)
         exact = glm.weights.dtype == glm.kv_cache_dtype == jnp.float32
         self._outcome = Outcome(self._running, self.config, _TOLERANCE if exact else _ROUNDED)
         self._commands: deque[Callable[[float], None]] = deque()
@@ -131,7 +132,9 @@ class Engine:
             stop_ids=STOP_IDS,
             hooks=hooks,
         )
-        self._programs.compile(shapes, self._cache, self._slots, offloads=self._offload is not None, progress=progress)
+        self._programs.compile(
+            self.shapes, self._cache, self._slots, offloads=self._offload is not None, progress=progress
+        )
         self._unread: deque[tuple[Plan, Flight, Any, float]] = deque()
         self._landed: list[tuple[int, Any]] = []
         self._last_log = self._device_seconds = self._host_seconds = 0.0
@@ -247,6 +250,11 @@ class Engine:
             accepted_at=tuple(counts["accepted", n] for n in range(self.config.num_draft)),
             **{name: counts[name] for name in _COUNTED},
         )
+
+    def memory(self) -> EngineMemory:
+        """What it takes of the device's memory."""
+        weights, cache = (sum(leaf.nbytes for leaf in jax.tree.leaves(t)) for t in (self.glm.weights, self._cache))
+        return EngineMemory(weights, cache, max(self._programs.temporary_bytes().values()))
 
     @property
     def alive(self) -> bool:

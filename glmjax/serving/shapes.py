@@ -77,6 +77,11 @@ class Shapes:
             if self._words:
                 yield from (self.obey(batch, width, pages) for batch in self._batches for width in _OBEYED)
 
+    def __str__(self) -> str:
+        several = ", ".join(map(str, self._batches))
+        chunks = ", ".join(f"{batch} x {width}" if batch > 1 else f"{width}" for batch, width in self._chunks)
+        return f"{several} sequences; chunks of {chunks} tokens; {', '.join(map(str, self._pages))} pages of a sequence"
+
     def end(self, sequences: int, pages: int) -> Shape:
         """For so many prompts of up to so many pages that have `ending` tokens left at most."""
         batch = _least(self._several, sequences)

@@ -1,8 +1,23 @@
-"""What an engine has done so far."""
+"""What an engine takes, and what it has done so far."""
 
 from __future__ import annotations
 
 import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineMemory:
+    """Bytes of the device that an engine takes.
+
+    Attributes:
+        weights: of the model.
+        cache: all pages.
+        temporaries: of the program that needs most while it runs.
+    """
+
+    weights: int
+    cache: int
+    temporaries: int
 
 
 @dataclasses.dataclass(frozen=True)

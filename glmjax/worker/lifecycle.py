@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import faulthandler
 import logging
-import os
 import signal
 import threading
 import time
@@ -30,13 +29,14 @@ from glmjax.worker.service import Service
 from glmjax.worker.tracing import traces_to
 
 _LOG = logging.getLogger(__name__)
-_MESSAGE_BYTES = 64 << 20
+_RECEIVED_BYTES, _SENT_BYTES = 16 << 20, 64 << 20
+"""Most of a message: some million tokens; and a prompt's logprobs with their alternatives."""
 _WATCH_SECONDS = 0.5
 _GRACE_SECONDS = 2.0
 """For answers on their way, once nothing is under way any more."""
 _OPTIONS = (
-    ("grpc.max_receive_message_length", _MESSAGE_BYTES),
-    ("grpc.max_send_message_length", _MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _RECEIVED_BYTES),
+    ("grpc.max_send_message_length", _SENT_BYTES),
     ("grpc.keepalive_time_ms", 30_000),  # connections whose other end is gone are closed
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -73,8 +73,8 @@ class Worker:
         self._told = told
         self._traces = traces_to(arguments.otlp_traces_endpoint, arguments.card().served_model_name)
         self.service = Service(arguments.card(), arguments.stream_holdback, self._traces)
-        key = arguments.api_key or os.environ.get("GLMJAX_API_KEY")
-        self._server = grpc.aio.server(options=_OPTIONS, interceptors=[*([Bearer(key)] if key else []), Decoding()])
+        guards = [Bearer(arguments.api_key)] if arguments.api_key else []
+        self._server = grpc.aio.server(options=_OPTIONS, interceptors=[*guards, Decoding()])
         self._health = health.aio.HealthServicer()
         self._leaving = asyncio.Event()
         self._engine: Engine | None = None
@@ -260,21 +260,24 @@ def engine_of(arguments: Arguments) -> Engine:
     loaded = time.monotonic()
     config = arguments.engine(glm, jax.default_backend() == "gpu")
     engine = Engine(glm, config, progress=True, observer=BatchLog(arguments.decode_log_interval))
-    stats = engine.stats()
+    ready, memory = time.monotonic(), engine.memory()
     _LOG.info(
-        "%s: loaded in %.1f s; %d programs in %.1f s, kept in %s",
-        arguments.card().served_model_name,
-        loaded - began,
-        stats.programs,
-        time.monotonic() - loaded,
-        folder,
+        "model: %s, loaded in %.1f s from %s", arguments.card().served_model_name, loaded - began, arguments.model_path
+    )
+    _LOG.info(
+        "memory: %.1f MB of weights, %.1f of cache, up to %.1f while a program runs",
+        memory.weights / 1e6,
+        memory.cache / 1e6,
+        memory.temporaries / 1e6,
     )
     _LOG.info(
         "cache: %d pages of %d rows, sequences of up to %d tokens, %d at once, %d drafts a round",
-        stats.pages,
+        engine.pages,
         config.page_size,
         engine.max_model_len,
         config.max_num_seqs,
         config.num_draft,
     )
+    _LOG.info("buckets: %s", engine.shapes)
+    _LOG.info("programs: %d in %.1f s, kept in %s", engine.stats().programs, ready - loaded, folder)
     return engine

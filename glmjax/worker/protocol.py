@@ -40,8 +40,12 @@ class Asked:
     keep: int | None = None
 
 
-def asked_of(request: pb.GenerateRequest) -> Asked:
+def asked_of(request: pb.GenerateRequest, longest: int) -> Asked:
     """What a request asks for.
+
+    Args:
+        request: the message.
+        longest: most tokens of a prompt; of millions, none is looked at.
 
     Raises:
         ValueError: something that is not served, or that no request may ask for.
@@ -56,14 +60,22 @@ def asked_of(request: pb.GenerateRequest) -> Asked:
     kind = request.WhichOneof("input")
     if kind is None:
         raise ValueError("the request has no input; give tokenized or text")
-    prompt = request.text if kind == "text" else list(request.tokenized.input_ids)
+    given = request.sampling_params
+    keep = _keep(given)
+    prompt = request.text if kind == "text" else _ids(request.tokenized, keep, longest)
     if not prompt:
         raise ValueError(f"{kind} is empty; give a token at least")
-    given = request.sampling_params
     n = given.n or 1
     if n > MAX_N:
         raise ValueError(f"n {n} exceeds {MAX_N}; send several requests")
-    return Asked(prompt, sampling_params_of(given), n, _keep(given))
+    return Asked(prompt, sampling_params_of(given), n, keep)
+
+
+def _ids(given: pb.TokenizedInput, keep: int | None, longest: int) -> list[int]:
+    """Of a prompt; of one that may be cut, the last."""
+    if keep is None and (count := len(given.input_ids)) > longest:
+        raise ValueError(f"the prompt's {count} tokens are more than the {longest} that fit; shorten it")
+    return given.input_ids[-longest:]
 
 
 def _keep(given: pb.SamplingParams) -> int | None:

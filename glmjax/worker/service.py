@@ -29,6 +29,7 @@ from glmjax.worker.metrics import Metrics
 from glmjax.worker.profiling import Profiler
 from glmjax.worker.protocol import Asked, Telling, asked_of, input_logprobs
 from glmjax.worker.statuses import REASON, NotServingError, status_of
+from glmjax.worker.throughput import Throughput
 from glmjax.worker.tokenizer_files import CHUNK_BYTES, packed
 from glmjax.worker.tracing import NoTraces, Span, Traces
 
@@ -82,7 +83,7 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
         self._engine: Engine | None = None
         self._refusal: NotServingError | None = NotServingError("starting")
         self._began, self._received = time.time(), 0.0
-        self._profiler = Profiler()
+        self._profiler, self._throughput = Profiler(), Throughput()
         self._beginners = ThreadPoolExecutor(_BEGINNERS, "beginner")
 
     def serve(self, engine: Engine) -> None:
@@ -129,7 +130,7 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
         live = self.live.enter(name)
         # However the call ends: its generator may be left at a `yield` that nobody comes back to.
         context.add_done_callback(lambda _: live.leave())
-        asked = asked_of(request)
+        asked = asked_of(request, engine.max_model_len)
         ids, stream = await self._begin(engine, live, asked, request.stream, context.time_remaining())
         eos, timed = engine.glm.stops.token_ids, self.metrics.request(asked.n)
         telling = [Telling(i, stream=request.stream, eos=eos) for i in range(asked.n)]
@@ -216,6 +217,7 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
             num_running_reqs=stats.running,
             num_waiting_reqs=stats.waiting,
             num_total_reqs=stats.running + stats.waiting,
+            gen_throughput=self._throughput(stats.new_tokens),
             num_used_tokens=(stats.pages - stats.free_pages) * size,
             max_total_num_tokens=stats.pages * size,
             token_usage=stats.usage,

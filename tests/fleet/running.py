@@ -1,6 +1,5 @@
 """A fleet as a process of its own, as an operator starts it: a small model, random weights, the tokenizer of the box's."""
 
-import contextlib
 import json
 import shutil
 import signal
@@ -9,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.served import free_ports, gateway_knows
+from benchmarks.served import children, free_ports, gateway_knows
 from glmjax.nano import NANO
 
 TINY = Path(__file__).parents[1] / "tiny.json"
@@ -62,14 +61,7 @@ class RunningFleet:
 
     def pids(self):
         """Of the workers, in the order in which they began."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                _, _, after = path.read_text().rpartition(")")
-                parent, began = int(after.split()[1]), int(after.split()[19])
-                if parent == self.process.pid and "spawn_main" in (path.parent / "cmdline").read_text():
-                    found.append((began, int(path.parent.name)))
-        return [pid for _, pid in sorted(found)]
+        return children(self.process.pid)
 
     def leave(self):
         """End it; the exit status."""

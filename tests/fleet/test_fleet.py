@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from glmjax import serve
 from glmjax.fleet.child import Child
 from glmjax.fleet.devices import devices, devices_of
 from glmjax.fleet.gateway import command
@@ -38,6 +39,22 @@ def test_behind_a_gateway_they_listen_to_this_machine_alone():
     assert (found["--host"], found["--api-key"]) == ("0.0.0.0", "secret")
     assert (found["--tls-cert-path"], found["--tls-key-path"]) == ("a.pem", "a.key")
     assert (found["--discovery-file"], found["--block-size"]) == ("workers.json", "64")
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "key"),
+    [([], None, None), ([], "secret", "secret"), (["--api-key", "mine"], "secret", "mine"), ([], "", None)],
+)
+def test_the_environments_key_is_the_gateways_too(monkeypatch, words, variable, key):
+    monkeypatch.setenv("GLMJAX_API_KEY", variable) if variable is not None else monkeypatch.delenv(
+        "GLMJAX_API_KEY", raising=False
+    )
+    given = []
+    monkeypatch.setattr(serve.fleet, "run", lambda arguments: given.append(arguments) or 0)
+    assert serve.main(["--gateway", *words]) == 0
+    [arguments] = given
+    assert flags(command(arguments, Path("workers.json"))).get("--api-key") == key
+    assert {one.api_key for one in arguments_of(arguments)} == {None}
 
 
 def test_without_the_package_there_is_no_gateway(monkeypatch):

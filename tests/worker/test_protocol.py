@@ -9,7 +9,7 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 
 from glmjax.model.sampling_params import SamplingParams
 from glmjax.serving.stream import Chunk, Score, Statistics
-from glmjax.wire import MAX_STOPS, message_of, sampling_params_of
+from glmjax.wire import MAX_STOPS, MAX_TOKENS_NAMED, message_of, sampling_params_of
 from glmjax.worker.protocol import Telling, asked_of, input_logprobs
 
 VOCAB = 4096
@@ -70,12 +70,20 @@ def test_every_field_arrives(given, field, value):
 @pytest.mark.parametrize("kind", ["text", "tokenized"])
 def test_a_prompt_is_text_or_tokens(kind):
     given = {"text": "abc"} if kind == "text" else {"tokenized": pb.TokenizedInput(input_ids=[1, 2], original_text="x")}
-    assert asked_of(pb.GenerateRequest(**given)).prompt == ("abc" if kind == "text" else [1, 2])
+    assert asked_of(pb.GenerateRequest(**given), 8).prompt == ("abc" if kind == "text" else [1, 2])
+
+
+@pytest.mark.parametrize("keep", [-1, 8, 2])
+def test_of_a_prompt_that_may_be_cut_the_last_that_fit_are_taken(keep):
+    given = pb.SamplingParams(truncate_prompt_tokens=keep)
+    asked = asked_of(pb.GenerateRequest(tokenized=pb.TokenizedInput(input_ids=range(20)), sampling_params=given), 8)
+    assert asked.prompt == [*range(12, 20)]
+    assert asked.keep == keep
 
 
 @pytest.mark.parametrize(("n", "sequences"), [(0, 1), (1, 1), (3, 3), (128, 128)])
 def test_no_n_is_one(n, sequences):
-    assert asked_of(request(sampling_params=pb.SamplingParams(n=n))).n == sequences
+    assert asked_of(request(sampling_params=pb.SamplingParams(n=n)), 8).n == sequences
 
 
 @pytest.mark.parametrize(
@@ -97,12 +105,14 @@ def test_no_n_is_one(n, sequences):
         (request(sampling_params=pb.SamplingParams(truncate_prompt_tokens=0)), "truncate_prompt_tokens 0"),
         (request(sampling_params=pb.SamplingParams(stop=["a"] * (MAX_STOPS + 1))), "stop has 65 strings"),
         (request(sampling_params=pb.SamplingParams(stop=["a" * 2000])), "of up to 2000 characters"),
+        (request(sampling_params=pb.SamplingParams(stop_token_ids=[1] * (MAX_TOKENS_NAMED + 1))), "stop_token_ids has"),
+        (pb.GenerateRequest(tokenized=pb.TokenizedInput(input_ids=[1] * 9)), "prompt's 9 tokens are more than the 8"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_cannot_be_served_is_refused_by_name(message, complaint):
     with pytest.raises(ValueError, match=complaint):
-        asked_of(message)
+        asked_of(message, 8)
 
 
 FLOATS = st.floats(width=32)
@@ -143,7 +153,7 @@ def messages(draw):
 @given(messages())
 def test_a_message_gives_parameters_that_hold_or_a_value_error(message):
     try:
-        asked = asked_of(message)
+        asked = asked_of(message, 8)
         asked.params.validate(VOCAB)
     except ValueError:
         return

@@ -201,6 +201,7 @@ def test_loads_count_who_runs(running):
     [load] = running.stub.GetLoads(pb.GetLoadsRequest()).loads
     assert (load.num_running_reqs, load.max_running_requests) == (1, 2)
     assert 0 < load.token_usage <= 1
+    assert load.gen_throughput >= 0
     call.cancel()
 
 
