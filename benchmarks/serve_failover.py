@@ -122,8 +122,8 @@ async def run(arguments: Arguments, fleet: Served) -> str:
     ended = load()
     asked_at, seconds, status = await ended.during(_end(fleet))
     lines.append(f"SIGTERM: all have ended after {seconds:.1f} s with status {status}")
-    lines.append(f"    under way: {ended.described(lambda one: one.due <= asked_at)}")
-    lines.append(f"    afterwards: {ended.described(lambda one: one.due > asked_at)}")
+    lines.append(f"    asked before: {ended.described(lambda one: one.due <= asked_at)}")
+    lines.append(f"    asked afterwards: {ended.described(lambda one: one.due > asked_at)}")
     await gateway.close()
     return "\n".join(lines)
 
