@@ -27,7 +27,7 @@ from glmjax.serving.compiled import Programs
 from glmjax.serving.config import EngineConfig
 from glmjax.serving.drafting import Acceptance
 from glmjax.serving.errors import ClosedError, UnavailableError
-from glmjax.serving.events import Batch, CacheEvents
+from glmjax.serving.events import CacheEvents, EventBatch
 from glmjax.serving.faults import Faults
 from glmjax.serving.hooks import Hooks
 from glmjax.serving.offload import Move, Offload
@@ -293,7 +293,7 @@ class Engine:
         }
         self._asked(lambda: self._recorder.save(Path(path), header))
 
-    def cached(self) -> tuple[Batch, ...]:
+    def cached(self) -> tuple[EventBatch, ...]:
         """What is in the prefix tree now, as events; those that follow them are `events.after` the last number.
 
         Raises:

@@ -63,7 +63,7 @@ Event = Stored | Removed | Cleared
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class EventBatch:
     """Events in order.
 
     Attributes:
@@ -93,7 +93,7 @@ class CacheEvents:
         self._most_events = most_events
         self._incomplete: set[int] = set()
         self._number = time.time_ns() >> 10  # a later engine begins later, however many batches this one makes
-        self._batches: deque[Batch] = deque(maxlen=most)
+        self._batches: deque[EventBatch] = deque(maxlen=most)
         self._told: list[Event] = []
         self._watchers: set[Callable[[], None]] = set()
         self._closed = False
@@ -120,13 +120,13 @@ class CacheEvents:
         if self._told:
             with self._lock:
                 self._number += 1
-                self._batches.append(Batch(self._number, time.time(), tuple(self._told)))
+                self._batches.append(EventBatch(self._number, time.time(), tuple(self._told)))
                 watchers = list(self._watchers)
             self._told.clear()
             for watcher in watchers:
                 watcher()
 
-    def everything(self, tree: PrefixTree) -> tuple[Batch, ...]:
+    def everything(self, tree: PrefixTree) -> tuple[EventBatch, ...]:
         """What there is, as if it had just been stored; what comes after it has the next number.
 
         Whoever has not got all of these batches cannot go on from the last that he has: `after` tells him so.
@@ -138,11 +138,11 @@ class CacheEvents:
         with self._lock:
             oldest = self._number - len(self._batches)
             self._incomplete = {n for n in self._incomplete if n >= oldest} | set(range(first, self._number))
-        return tuple(Batch(first + n, now, piece) for n, piece in enumerate(pieces))
+        return tuple(EventBatch(first + n, now, piece) for n, piece in enumerate(pieces))
 
     # Any thread
 
-    def after(self, number: int) -> tuple[Batch, ...]:
+    def after(self, number: int) -> tuple[EventBatch, ...]:
         """Batches after one, as many as there are now.
 
         Raises:

@@ -9,7 +9,7 @@ import numpy as np
 from smg_grpc_proto.generated import common_pb2 as pb
 
 from glmjax.serving.engine import Engine
-from glmjax.serving.events import Batch, Cleared, Removed, Stored
+from glmjax.serving.events import Cleared, EventBatch, Removed, Stored
 
 
 async def followed(engine: Engine, start: int) -> AsyncIterator[pb.KvEventBatch]:
@@ -27,17 +27,17 @@ async def followed(engine: Engine, start: int) -> AsyncIterator[pb.KvEventBatch]
     with engine.events.watched(lambda: loop.call_soon_threadsafe(changed.set)):
         if start == 0:
             for batch in await asyncio.to_thread(engine.cached):
-                yield message(batch, size)
+                yield batch_message(batch, size)
                 start = batch.number
         while True:
             changed.clear()
             for batch in engine.events.after(start):
-                yield message(batch, size)
+                yield batch_message(batch, size)
                 start = batch.number
             await changed.wait()
 
 
-def message(batch: Batch, page_size: int) -> pb.KvEventBatch:
+def batch_message(batch: EventBatch, page_size: int) -> pb.KvEventBatch:
     """A batch as the protocol has it: pages that follow each other are told together.
 
     Args:
