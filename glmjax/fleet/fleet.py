@@ -60,7 +60,7 @@ class Fleet:
         with tempfile.TemporaryDirectory(prefix="glmjax-") as folder:
             if self._arguments.gateway:
                 self._gateway = Gateway(self._arguments, Path(folder))
-                _LOG.info("gateway: port %d of %s", self._arguments.gateway_port, self._arguments.host)
+                _LOG.info("gateway: %s/v1, once a worker serves", self._gateway.url)
             keeping = asyncio.create_task(self._keep())
             ends = [keeping, asyncio.create_task(self._leaving.wait())]
             if self._gateway is not None:

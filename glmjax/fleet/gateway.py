@@ -30,12 +30,18 @@ class Gateway:
         arguments: of the workers.
         folder: for the file in which it finds them.
 
+    Attributes:
+        process: it runs in.
+        url: by which it is reached from this machine.
+
     Raises:
         ValueError: it is not installed.
     """
 
     def __init__(self, arguments: Arguments, folder: Path):
         self._arguments, self._manifest = arguments, folder / "workers.json"
+        host = "127.0.0.1" if arguments.host == "0.0.0.0" else arguments.host
+        self.url = f"{'https' if arguments.ssl_certfile else 'http'}://{host}:{arguments.gateway_port}"
         self.send_to(())
         self.process = Child("glmjax-gateway", serve, command(arguments, self._manifest), heard=lambda message: None)
 
@@ -57,13 +63,11 @@ class Gateway:
 
     def _healthy(self) -> set[str]:
         """Workers that it asks, in its own words."""
-        given = self._arguments
-        secure = ssl.create_default_context() if given.ssl_certfile else None
+        secure = ssl.create_default_context() if self._arguments.ssl_certfile else None
         if secure is not None:  # who answers at this port of this machine has been started here
             secure.check_hostname, secure.verify_mode = False, ssl.CERT_NONE
-        host = "127.0.0.1" if given.host == "0.0.0.0" else given.host
-        url = f"{'https' if secure else 'http'}://{host}:{given.gateway_port}/workers"
-        headers = {"Authorization": f"Bearer {given.api_key}"} if given.api_key else {}
+        url, key = f"{self.url}/workers", self._arguments.api_key
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
             with urllib.request.urlopen(
                 urllib.request.Request(url, headers=headers), timeout=5, context=secure
