@@ -20,12 +20,11 @@ ROOT = Path(__file__).parents[1]
 START = """
 import json, sys
 import jax
-from glmjax.kept_programs import compilation_cache
+from glmjax.kept_programs import _folders, compilation_cache
 
 counts = {}
 jax.monitoring.register_event_listener(lambda name, **_: counts.update({name: counts.get(name, 0) + 1}))
-if len(sys.argv) > 1:
-    compilation_cache(sys.argv[1])
+compilation_cache(sys.argv[1])
 from glmjax.serving.config import EngineConfig
 from glmjax.serving.engine import Engine
 from tests.serving.tiny import tiny
@@ -35,15 +34,16 @@ with Engine(tiny(), config) as engine:
     [result] = engine.generate([3, 1, 4], temperature=0, max_new_tokens=5).finish()
     programs = len(engine._programs)
 found = {name.rsplit("/")[-1]: count for name, count in counts.items() if "compilation_cache" in name}
-print(json.dumps({"ids": result.ids, "programs": programs, **found}))
+folders = [folder.name for folder in _folders()]
+print(json.dumps({"ids": result.ids, "programs": programs, "folders": folders, **found}))
 """
 
 
-def start(*folder, **variables):
-    """What a fresh process does: what it generates, and how often programs were found and written."""
+def start(folder):
+    """What a fresh process does: what it generates, where it keeps programs, how often they were found and written."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    environment = kept | {"JAX_PLATFORMS": "cpu"} | variables
-    command = [sys.executable, "-c", START, *folder]
+    environment = kept | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", START, folder]
     out = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return json.loads(out)
 
@@ -66,7 +66,7 @@ def test_a_second_start_neither_compiles_nor_traces_the_engines_programs(first):
 def test_a_start_with_another_source_finds_programs_by_their_text(first, tmp_path):
     folder, before = first
     copy = shutil.copytree(folder, tmp_path / "copy")
-    of_this_source = copy / "executables" / kept_by_source(copy)
+    of_this_source = copy / "executables" / before["folders"][0]
     of_this_source.rename(of_this_source.with_name("other"))
     for _ in range(2):
         after = start(str(copy))
@@ -79,8 +79,7 @@ def test_a_start_with_another_source_finds_programs_by_their_text(first, tmp_pat
 def test_what_is_lost_or_broken_is_found_in_jaxs_cache(first, tmp_path):
     folder, before = first
     copy = shutil.copytree(folder, tmp_path / "copy")
-    by_source = copy / "executables" / kept_by_source(copy)
-    [by_text] = {path for path in by_source.parent.iterdir() if path != by_source}
+    by_source, by_text = (copy / "executables" / name for name in before["folders"])
     shutil.rmtree(by_text)
     lost, broken, *_ = by_source.iterdir()
     lost.unlink()
@@ -91,11 +90,6 @@ def test_what_is_lost_or_broken_is_found_in_jaxs_cache(first, tmp_path):
     # What JAX has loaded is not kept again: it would not run.
     assert not lost.exists()
     assert broken.read_bytes() == b"no program"
-
-
-def kept_by_source(folder):
-    """The folder's name of programs by what they are made of: the one that was made last."""
-    return max((folder / "executables").iterdir(), key=lambda path: path.stat().st_mtime_ns).name
 
 
 def test_other_kernels_are_another_place(settings, tmp_path):

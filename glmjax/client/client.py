@@ -172,6 +172,21 @@ class AsyncClient:
         finally:
             call.cancel()
 
+    async def info(self) -> pb.GetModelInfoResponse:
+        """Of the model."""
+        _, info = await self._worker()
+        return info
+
+    async def tokenizer(self) -> Tokenizer | None:
+        """The workers'; None where they have none."""
+        tokenizer, _ = await self._worker()
+        return tokenizer
+
+    async def loads(self) -> pb.SchedulerLoad:
+        """Who runs and who waits, on one of the workers."""
+        [load] = (await self._stub.GetLoads(pb.GetLoadsRequest(), metadata=self._target.metadata)).loads
+        return load
+
     async def close(self) -> None:
         """End; requests under way are cancelled."""
         await self._channel.close()

@@ -93,6 +93,9 @@ def test_an_event_loop_asks_many_at_once(running):
 
             whole = [client.generate(PROMPT, **SAMPLED | {"seed": seed}) for seed in range(4)]
             texts = [answer.text for [answer] in await asyncio.gather(*whole)]
+            assert (await client.info()).vocab_size == glm().config.vocab_size
+            assert (await client.loads()).max_running_requests == CONFIG.max_num_seqs
+            assert (await client.tokenizer()).encode(PROMPT) == glm().encode(PROMPT)
             assert texts == await asyncio.gather(*map(stream, range(4)))
             return texts
 
