@@ -285,6 +285,7 @@ class Engine:
             "max_num_seqs": self.config.max_num_seqs,
             "max_rounds": self.config.max_rounds,
             "chunk_tokens": self.config.chunk_tokens,
+            "words": self.shapes.words,
             "most_retired": MOST_RETIRED,
             "stop_ids": STOP_IDS,
             "kv_cache_dtype": jnp.dtype(self.glm.kv_cache_dtype).name,

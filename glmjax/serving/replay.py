@@ -1,7 +1,8 @@
 """``python -m glmjax.serving.replay``: dispatch again what an engine has recorded, and see whether the same comes of it.
 
-The same programs run in the same order on the same pages at the same versions, so a fault of the schedule comes again.
-What was in the cache before the recording began is read from its tokens: that comes out the same but for rounding.
+The engine's own programs run in the same order on the same pages at the same versions, so a fault of the schedule comes
+again; where they are kept (`glmjax.compilation_cache`), nothing is compiled. What was in the cache and in the host's
+memory before the recording began is read from its tokens: that comes out the same but for rounding.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tyro
 
 from glmjax.glm import GLM
 from glmjax.glm import load as load_model
+from glmjax.kept_programs import compilation_cache
 from glmjax.model.sampling_params import SamplingParams
 from glmjax.nano import NANO
 from glmjax.serving.compiled import Programs
@@ -26,7 +28,7 @@ from glmjax.serving.hooks import Hooks
 from glmjax.serving.masks import unpacked
 from glmjax.serving.offload import Move
 from glmjax.serving.pages import OK, PagedCache, PageRecords
-from glmjax.serving.plan import Plan, batch_of, frozen
+from glmjax.serving.plan import Plan, batch_of, frozen, masks_of
 from glmjax.serving.pool import Lease
 from glmjax.serving.programs import Chunks, Log
 from glmjax.serving.recorder import Filled, Recording, Snapshot, load
@@ -88,7 +90,7 @@ class Replay:
                 "glmjax.serving.replay.Replay(glm, header, hooks)"
             )
         self._glm, self._header = glm, header
-        self._width = header["max_pages"]  # of a sequence
+        self._reading = Shape("read", 1, header["chunk_tokens"], header["max_pages"], header["words"])
         self._programs = Programs(
             glm.weights,
             most_rounds=header["max_rounds"],
@@ -99,16 +101,17 @@ class Replay:
 
     def run(self, recording: Recording) -> Iterator[Again]:
         """Everything that was dispatched, part by part."""
-        self._restore(recording.snapshot)
-        for number, flight in enumerate(recording.flights):
-            log = self._fly(unpacked(flight.plan))
+        plans = [unpacked(flight.plan) for flight in recording.flights]
+        self._restore(recording.snapshot, plans)
+        for number, (flight, plan) in enumerate(zip(recording.flights, plans, strict=True)):
+            log = self._fly(plan)
             for b, request in enumerate(flight.requests):
-                leases = np.stack([flight.plan.batch.table.pages_BM[b], flight.plan.batch.table.versions_BM[b]], 1)
+                leases = np.stack([plan.batch.table.pages_BM[b], plan.batch.table.versions_BM[b]], 1)
                 yield Again(
                     number=number,
                     epoch=None if flight.log is None else int(flight.log.epoch),
                     request=request,
-                    kind=flight.plan.shape.kind,
+                    kind=plan.shape.kind,
                     pages=tuple(Lease(*lease) for lease in leases.tolist() if lease[0] >= 0),
                     recorded=None if flight.log is None else _tokens(flight.log, b),
                     tokens=_tokens(log, b),
@@ -116,25 +119,22 @@ class Replay:
                 )
 
     def _begin(self, pages: int) -> None:
-        """An empty cache, with pages of its own behind those that were served, and a slot more."""
+        """An empty cache, all of it at version 0, and slots that nobody has."""
         glm, header = self._glm, self._header
-        self._scratch = [Lease(pages + n, 0) for n in range(self._width)]
-        self._collected: dict[Prefix, PageRecords] = {}
+        self._cache = self._slots = None  # first lets go of those before
         self._cache = PagedCache.create(
             glm.config,
-            pages + self._width,
+            pages,
             header["page_size"],
             jnp.dtype(header["kv_cache_dtype"]),
             tail_dtype=glm.weights.dtype,
             mtp=glm.weights.mtp is not None,
             versioned=header["versioned"],
         )
-        slots = header["max_num_seqs"] + 1
-        self._slots = Slots.create(slots, glm.config.hidden_size, glm.config.vocab_size, glm.weights.dtype)
+        width, vocab = glm.config.hidden_size, glm.config.vocab_size
+        self._slots = Slots.create(header["max_num_seqs"], width, vocab, glm.weights.dtype)
 
     def _fly(self, plan: Plan) -> Log | None:
-        shapes = [] if plan.shape is None else [plan.shape]
-        self._programs.compile(shapes, self._cache, self._slots, offloads=bool(plan.moves))
         tokens = self._glm.tokenizer.vocab_size if self._glm.tokenizer else None
         for admission in plan.admitted:
             sampling = admission.sampling(self._glm.config.vocab_size, tokens)
@@ -149,18 +149,23 @@ class Replay:
 
     # What was there before
 
-    def _restore(self, snapshot: Snapshot) -> None:
-        """Read what the snapshot's pages held, all at version 0, and give them their versions."""
+    def _restore(self, snapshot: Snapshot, plans: Several[Plan]) -> None:
+        """Read what the host's memory and the pages held, all at version 0, and give the pages their versions."""
         self._begin(len(snapshot.versions))
+        shapes = [self._reading, *(plan.shape for plan in plans if plan.shape is not None)]
+        self._programs.compile(shapes, self._cache, self._slots, offloads=any(plan.moves for plan in plans))
+        self._collected: dict[Prefix, PageRecords] = {}
+        for move in _landed_from_before(plans):
+            self._collect_again(move)
+            self._begin(len(snapshot.versions))
         filled: set[Lease] = set()
+        for of in snapshot.cached:
+            self._fill(of, filled, slot=0, generation=0)
         for slot in snapshot.slots:
             self._fly(Plan(None, (), admitted=(slot.admission,), batch=self._batch(None)))
-        for of in snapshot.cached:
-            self._fill(of, filled, slot=self._header["max_num_seqs"], generation=0)
         for slot in snapshot.slots:
             self._fill(slot.filled, filled, slot.admission.slot, slot.admission.generation, slot.newest)
-        versions = jnp.asarray([*snapshot.versions, *[0] * self._width], jnp.int32)
-        self._cache = dataclasses.replace(self._cache, version_G=versions)
+        self._cache = dataclasses.replace(self._cache, version_G=jnp.asarray(snapshot.versions, jnp.int32))
 
     def _fill(self, of: Filled, filled: set[Lease], slot: int, generation: int, newest: int | None = None) -> None:
         """Read tokens into pages, but for those that have been filled before; then give the slot its newest token."""
@@ -182,7 +187,8 @@ class Replay:
         newest: int | None = None,
         hook: int = 0,
     ) -> None:
-        width = self._header["chunk_tokens"]
+        shape, width = self._reading, self._reading.width
+        masks_B1W = masks_of(shape, 1, [None])
         while begin < len(ids) or newest is not None:
             piece = ids[begin : begin + width]
             final = newest is not None and begin + len(piece) == len(ids)
@@ -196,11 +202,11 @@ class Replay:
                     np.array([final]),
                     np.int32([newest if final else -1]),
                     np.full_like(ids_BT, -1),
-                )
+                ),
+                allowed_BW=None if masks_B1W is None else masks_B1W[:, 0],
             )
-            batch = self._batch(Shape("read", 1, width, self._width), leases, slot, generation)
-            batch = dataclasses.replace(batch, hook_B=np.int32([hook]))
-            log = self._fly(Plan(Shape("read", 1, width, self._width), (), batch=batch, chunks=chunks))
+            batch = dataclasses.replace(self._batch(shape, leases, slot, generation), hook_B=np.int32([hook]))
+            log = self._fly(Plan(shape, (), batch=batch, chunks=chunks))
             assert int(log.fault_B[0]) == OK, "what the recording began with does not fit into its pages"
             begin += len(piece)
             newest = None if final else newest
@@ -220,21 +226,24 @@ class Replay:
             self._collected |= {prefix: page for prefix, page, ok in pages if ok}
 
     def _land(self, move: Move) -> None:
-        if any(prefix not in self._collected for prefix in move.prefixes):  # from before the recording
-            self._collect_again(move)
         pages = tuple(self._collected[prefix] for prefix in move.prefixes)
         self._cache, _ = self._programs.land(self._cache, dataclasses.replace(move, pages=pages))
 
     def _collect_again(self, move: Move) -> None:
-        count = len(move.ids) // self._header["page_size"]
-        scratch = self._scratch[:count]
-        self._read(move.ids, scratch, self._header["max_num_seqs"], 0, 0, hook=move.hook)
-        self._collect(Move(tuple(scratch[count - len(move.prefixes) :]), move.prefixes))
-        used = np.full(self._header["most_retired"], -1, np.int32)
-        used[:count] = [lease.page for lease in scratch]
-        batch = dataclasses.replace(self._batch(None), retire_Z=used)
-        self._cache, self._slots, _ = self._programs.dispatch(Plan(None, (), batch=batch), self._cache, self._slots)
-        self._scratch[:count] = [Lease(page, version + 1) for page, version in scratch]
+        """What a move lands, into the first pages and out of them: nothing else is there yet."""
+        pages = [Lease(n, 0) for n in range(len(move.ids) // self._header["page_size"])]
+        self._read(move.ids, pages, slot=0, generation=0, begin=0, hook=move.hook)
+        self._collect(Move(tuple(pages[len(pages) - len(move.prefixes) :]), move.prefixes))
+
+
+def _landed_from_before(plans: Several[Plan]) -> Iterator[Move]:
+    """Moves that land a page which was in the host's memory before the first plan."""
+    known: set[Prefix] = set()
+    for plan in plans:
+        for move in plan.moves:
+            if move.ids and not known.issuperset(move.prefixes):
+                yield move
+            known.update(move.prefixes)
 
 
 def _tokens(log: Log, b: int) -> tuple[int, ...]:
@@ -270,6 +279,7 @@ def main(argv: Several[str] | None = None) -> int:
     arguments = tyro.cli(Arguments, prog="python -m glmjax.serving.replay", args=argv)
     try:
         header, recording = _asked(arguments)
+        compilation_cache()
         glm = load_model(arguments.model_path, kv_cache_dtype=header["kv_cache_dtype"])
     except (ValueError, OSError) as error:
         print(f"glmjax.serving.replay: {error}", file=sys.stderr)

@@ -46,6 +46,7 @@ class Shapes:
     Attributes:
         ending: most tokens that are left of prompts which end together.
         depths: drafts of a round, most first.
+        words: W, of masks over the vocabulary; 0 without grammars.
         confirmed: tokens of a round that confirms, the newest one included.
         obeyed: most tokens of a sequence in a round under its grammar.
     """
@@ -66,15 +67,15 @@ class Shapes:
         self._chunks = [*alone, (together, size)] if fits else alone
         self.confirmed = max(2, size)
         self.depths = depths(config.num_draft, config.adapts_draft)
-        self._words = words_of(vocab) if config.grammars else 0
+        self.words = words_of(vocab) if config.grammars else 0
 
     def __iter__(self) -> Iterable[Shape]:
         for pages in self._pages:
-            yield from (Shape("read", batch, width, pages, self._words) for batch, width in self._chunks)
+            yield from (Shape("read", batch, width, pages, self.words) for batch, width in self._chunks)
             yield from (self.end(batch, pages) for batch in self._several)
             yield from (self.decode(batch, pages, depth) for batch in self._batches for depth in self.depths)
             yield self.confirm(pages)
-            if self._words:
+            if self.words:
                 yield from (self.obey(batch, width, pages) for batch in self._batches for width in _OBEYED)
 
     def __str__(self) -> str:
@@ -85,7 +86,7 @@ class Shapes:
     def end(self, sequences: int, pages: int) -> Shape:
         """For so many prompts of up to so many pages that have `ending` tokens left at most."""
         batch = _least(self._several, sequences)
-        return Shape("read", batch, self.ending, _least(self._pages, pages), self._words)
+        return Shape("read", batch, self.ending, _least(self._pages, pages), self.words)
 
     def decode(self, sequences: int, pages: int, depth: int) -> Shape:
         """For so many sequences of up to so many pages, with so many drafts in a round."""
@@ -93,12 +94,12 @@ class Shapes:
 
     def confirm(self, pages: int) -> Shape:
         """For a stretch of one sequence's tokens, with so many pages."""
-        return Shape("verify", 1, self.confirmed, _least(self._pages, pages), self._words)
+        return Shape("verify", 1, self.confirmed, _least(self._pages, pages), self.words)
 
     def obey(self, sequences: int, tokens: int, pages: int) -> Shape:
         """For a round of so many sequences that follow grammars, with up to so many tokens of each."""
         width = _least(_OBEYED, min(tokens, self.obeyed))
-        return Shape("verify", _least(self._batches, sequences), width, _least(self._pages, pages), self._words)
+        return Shape("verify", _least(self._batches, sequences), width, _least(self._pages, pages), self.words)
 
     def read(self, left: Sequence[int], pages: Sequence[int]) -> Shape:
         """For the prompts at the head of a line: the shape that reads most of them and pads least.
@@ -114,7 +115,7 @@ class Shapes:
             return useful - 0.5 * (batch * width - useful)
 
         batch, width = max(self._chunks, key=worth)
-        return Shape("read", batch, width, _least(self._pages, max(pages[:batch])), self._words)
+        return Shape("read", batch, width, _least(self._pages, max(pages[:batch])), self.words)
 
 
 def _doubling(first: int, last: int, by: int = 2) -> Iterable[int]:

@@ -58,11 +58,13 @@ def recorded(folder):
     return serve(CONFIG, folder)
 
 
-def test_a_replay_gives_the_recorded_tokens(recorded):
+def test_a_replay_gives_the_recorded_tokens_and_compiles_nothing(recorded, compiled_once):
     _, header, recordings = recorded
     assert any(recording.snapshot.slots for recording in recordings)
+    before = len(compiled_once)
     replay = Replay(tiny(), header)
     parts = [again for recording in recordings for again in replay.run(recording)]
+    assert len(compiled_once) == before
     assert all(again.same for again in parts), [again for again in parts if not again.same]
     assert sum(len(again.tokens) for again in parts) > 100
 
