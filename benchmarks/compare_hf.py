@@ -24,8 +24,8 @@ import numpy as np
 import tyro
 
 import glmjax
-from benchmarks.compare_hf_client import Run, Worker, WorkerError, environment
-from benchmarks.compare_hf_report import Context, Limits, document, table
+from benchmarks.hf.client import Run, Worker, WorkerError, environment
+from benchmarks.hf.report import Context, Limits, document, table
 from benchmarks.measure import (
     busy_seconds,
     cpu_seconds,
@@ -150,7 +150,7 @@ def main(arguments: Arguments) -> int:
         python = environment(CACHE / "venv", arguments.python)
         jax.config.update("jax_platforms", "cpu")
         _keep_to(arguments.threads)
-        script = ROOT / "benchmarks" / "compare_hf_worker.py"
+        script = ROOT / "benchmarks" / "hf" / "worker.py"
         options = ["--cache", str(CACHE), "--threads", str(arguments.threads)]
         with Worker([str(python), str(script), *options]) as worker:
             glm = glmjax.load(worker.greeting["checkpoint"], dtype="float32")

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.load_targets import Gateway, Worker, outcomes
-from benchmarks.load_workload import workload
 from benchmarks.measure import machine
+from benchmarks.serve.served import free_ports, gateway_knows, served, serving
+from benchmarks.serve.targets import Gateway, Worker, outcomes
+from benchmarks.serve.workload import workload
 from benchmarks.serve_load import closed_loop
-from benchmarks.served import free_ports, gateway_knows, served, serving
 from glmjax.fleet.gateway import command
 from glmjax.nano import NANO
 from glmjax.serving.anomaly import AnomalyRules
@@ -150,4 +150,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(tyro.cli(Arguments, prog="python -m benchmarks.serve_anomalies"))

@@ -15,11 +15,11 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import tyro
 
-from benchmarks.load_targets import Gateway, Seen, outcomes
-from benchmarks.load_workload import Asked, workload
 from benchmarks.measure import machine
+from benchmarks.serve.served import Served, children, gateway_knows, served
+from benchmarks.serve.targets import Gateway, Seen, outcomes
+from benchmarks.serve.workload import Asked, workload
 from benchmarks.serve_load import closed_loop
-from benchmarks.served import Served, children, gateway_knows, served
 from glmjax.nano import NANO
 
 _SETTLED = 3.0
@@ -181,4 +181,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(tyro.cli(Arguments, prog="python -m benchmarks.serve_failover"))

@@ -1,7 +1,7 @@
 """``python -m benchmarks.serve_hostile``: a worker among clients that are broken or hostile, and two that are not.
 
 Malformed, absurd and enormous requests, floods, and connections that only stay are drawn by a seeded generator
-(`benchmarks.hostile_requests`). All the while two neighbours send valid requests and compare each answer with what the same
+(`benchmarks.hostile`). All the while two neighbours send valid requests and compare each answer with what the same
 request gave while nobody else was there. In the end nothing may be left of it: no request, page, connection or thread.
 """
 
@@ -30,10 +30,11 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 
-from benchmarks.hostile_report import Neighbour, Process, Report, Tally
-from benchmarks.hostile_requests import Attack, Call, Source, attacks
+from benchmarks.hostile.attack import Attack, Call, Source
+from benchmarks.hostile.attacks import attacks
+from benchmarks.hostile.report import Neighbour, Process, Report, Tally
 from benchmarks.measure import machine
-from benchmarks.served import served
+from benchmarks.serve.served import served
 from glmjax.nano import NANO
 
 NEIGHBOURS = 2

@@ -20,10 +20,10 @@ import tyro
 from tqdm import tqdm
 
 import glmjax
-from benchmarks.load_targets import Gateway, Seen, Target, Worker, watched
-from benchmarks.load_workload import Asked, arrivals, workload
 from benchmarks.measure import machine
-from benchmarks.served import served
+from benchmarks.serve.served import served
+from benchmarks.serve.targets import Gateway, Seen, Target, Worker, watched
+from benchmarks.serve.workload import Asked, arrivals, workload
 from glmjax.evaluation.margins import margins
 from glmjax.glm import GLM
 from glmjax.model.sampling_params import SamplingParams
@@ -260,4 +260,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main(tyro.cli(Arguments, prog="python -m benchmarks.serve_load"))

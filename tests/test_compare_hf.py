@@ -11,8 +11,8 @@ import pytest
 
 import glmjax
 from benchmarks import compare_hf
-from benchmarks.compare_hf_client import REQUIREMENTS, Run, Worker, WorkerError, environment
-from benchmarks.compare_hf_report import MARGIN, Context, Divergence, Limits, document, first_divergence, summary, table
+from benchmarks.hf.client import REQUIREMENTS, Run, Worker, WorkerError, environment
+from benchmarks.hf.report import MARGIN, Context, Divergence, Limits, document, first_divergence, summary, table
 from benchmarks.measure import busy_seconds, cpu_seconds, prefill_flops
 from glmjax.model.census import active
 from glmjax.model.config import GlmConfig

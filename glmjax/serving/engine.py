@@ -288,6 +288,7 @@ class Engine:
             "words": self.shapes.words,
             "most_retired": MOST_RETIRED,
             "stop_ids": STOP_IDS,
+            "dtype": jnp.dtype(self.glm.weights.dtype).name,
             "kv_cache_dtype": jnp.dtype(self.glm.kv_cache_dtype).name,
             "versioned": self._faults.versioned,
             "hooks": self.hooks is not None,

@@ -30,6 +30,9 @@ from glmjax.serving.sequence import Sequence
 from glmjax.serving.shapes import Shape
 from glmjax.serving.tree import Prefix
 
+_FORMAT = 2
+"""Of the file; another one whenever a replay needs to know more, or something else."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Filled:
@@ -158,26 +161,28 @@ class Recorder:
         ]
         plans = (flight.plan for of in self._recordings for flight in list(of.flights))
         with gzip.open(path, "wt", encoding="utf-8") as file:
-            json.dump({"header": header, "recordings": found, "masks": masks.told(plans)}, file)
+            json.dump({"format": _FORMAT, "header": header, "recordings": found, "masks": masks.told(plans)}, file)
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Recording]]:
     """What `Recorder.save` has written: the header and the recordings, the last one last.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is something else, or another version of glmjax has written it.
     """
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             found = json.load(file)
-        rows = masks.read(found["masks"])
-        recordings = [
-            Recording(_snapshot(of["snapshot"]), [_flight(flight, rows) for flight in of["flights"]])
-            for of in found["recordings"]
-        ]
+        header, written = found["header"], found.get("format", 1)
+        if written == _FORMAT:
+            rows = masks.read(found["masks"])
+            return header, [
+                Recording(_snapshot(of["snapshot"]), [_flight(flight, rows) for flight in of["flights"]])
+                for of in found["recordings"]
+            ]
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a recording ({type(error).__name__}: {error})") from error
-    return found["header"], recordings
+    raise ValueError(f"{path} has format {written}, this version reads {_FORMAT}; use the one that recorded it")
 
 
 def snapshot(running: Running, unread: Several[Flight]) -> Snapshot:

@@ -21,6 +21,7 @@ import tyro
 from glmjax.glm import GLM
 from glmjax.glm import load as load_model
 from glmjax.kept_programs import compilation_cache
+from glmjax.model.checkpoint import Fp8
 from glmjax.model.sampling_params import SamplingParams
 from glmjax.nano import NANO
 from glmjax.serving.compiled import Programs
@@ -71,6 +72,12 @@ class Again(NamedTuple):
         return self.recorded in (None, self.tokens)
 
 
+_HOOKED = (
+    "this was recorded with hooks, which are code and not in the file; replay it in Python with "
+    "glmjax.serving.replay.Replay(glm, header, hooks)"
+)
+
+
 class Replay:
     """A device on which recordings are flown again.
 
@@ -85,10 +92,7 @@ class Replay:
 
     def __init__(self, glm: GLM, header: dict[str, Any], hooks: Hooks | None = None):
         if header["hooks"] and hooks is None:
-            raise ValueError(
-                "this was recorded with hooks, which are code and not in the file; replay it in Python with "
-                "glmjax.serving.replay.Replay(glm, header, hooks)"
-            )
+            raise ValueError(_HOOKED)
         self._glm, self._header = glm, header
         self._reading = Shape("read", 1, header["chunk_tokens"], header["max_pages"], header["words"])
         self._programs = Programs(
@@ -101,9 +105,9 @@ class Replay:
 
     def run(self, recording: Recording) -> Iterator[Again]:
         """Everything that was dispatched, part by part."""
-        plans = [unpacked(flight.plan) for flight in recording.flights]
-        self._restore(recording.snapshot, plans)
-        for number, (flight, plan) in enumerate(zip(recording.flights, plans, strict=True)):
+        self._restore(recording.snapshot, [flight.plan for flight in recording.flights])
+        for number, flight in enumerate(recording.flights):
+            plan = unpacked(flight.plan)
             log = self._fly(plan)
             for b, request in enumerate(flight.requests):
                 leases = np.stack([plan.batch.table.pages_BM[b], plan.batch.table.versions_BM[b]], 1)
@@ -155,19 +159,21 @@ class Replay:
         shapes = [self._reading, *(plan.shape for plan in plans if plan.shape is not None)]
         self._programs.compile(shapes, self._cache, self._slots, offloads=any(plan.moves for plan in plans))
         self._collected: dict[Prefix, PageRecords] = {}
-        for move in _landed_from_before(plans):
+        for move in _landed_first(plans):
             self._collect_again(move)
             self._begin(len(snapshot.versions))
         filled: set[Lease] = set()
-        for of in snapshot.cached:
-            self._fill(of, filled, slot=0, generation=0)
+        for of in snapshot.cached:  # while the slots are nobody's: whoever is admitted has generation 1 or a later one
+            self._fill(of, filled)
         for slot in snapshot.slots:
             self._fly(Plan(None, (), admitted=(slot.admission,), batch=self._batch(None)))
         for slot in snapshot.slots:
             self._fill(slot.filled, filled, slot.admission.slot, slot.admission.generation, slot.newest)
         self._cache = dataclasses.replace(self._cache, version_G=jnp.asarray(snapshot.versions, jnp.int32))
 
-    def _fill(self, of: Filled, filled: set[Lease], slot: int, generation: int, newest: int | None = None) -> None:
+    def _fill(
+        self, of: Filled, filled: set[Lease], slot: int = 0, generation: int = 0, newest: int | None = None
+    ) -> None:
         """Read tokens into pages, but for those that have been filled before; then give the slot its newest token."""
         size = self._header["page_size"]
         leases = [Lease(lease.page, 0) for lease in of.leases]
@@ -175,15 +181,15 @@ class Replay:
         while begin < len(leases) and leases[begin] in filled and (begin + 1) * size <= len(of.ids):
             begin += 1
         filled.update(leases[: len(of.ids) // size])
-        self._read(of.ids, leases, slot, generation, begin * size, newest, of.hook)
+        self._read(of.ids, leases, slot, generation, begin * size, newest, hook=of.hook)
 
     def _read(
         self,
         ids: tuple[int, ...],
         leases: list[Lease],
-        slot: int,
-        generation: int,
-        begin: int,
+        slot: int = 0,
+        generation: int = 0,
+        begin: int = 0,
         newest: int | None = None,
         hook: int = 0,
     ) -> None:
@@ -232,18 +238,22 @@ class Replay:
     def _collect_again(self, move: Move) -> None:
         """What a move lands, into the first pages and out of them: nothing else is there yet."""
         pages = [Lease(n, 0) for n in range(len(move.ids) // self._header["page_size"])]
-        self._read(move.ids, pages, slot=0, generation=0, begin=0, hook=move.hook)
+        self._read(move.ids, pages, hook=move.hook)
         self._collect(Move(tuple(pages[len(pages) - len(move.prefixes) :]), move.prefixes))
 
 
-def _landed_from_before(plans: Several[Plan]) -> Iterator[Move]:
-    """Moves that land a page which was in the host's memory before the first plan."""
-    known: set[Prefix] = set()
+def _landed_first(plans: Several[Plan]) -> Iterator[Move]:
+    """Moves that land a page which none before them has landed.
+
+    Some of these pages have been collected by then: what comes of that takes the place of what was read before. Nothing
+    may come of it in a replay, where the page was let go of as the recording began, or where other tokens came.
+    """
+    landed: set[Prefix] = set()
     for plan in plans:
         for move in plan.moves:
-            if move.ids and not known.issuperset(move.prefixes):
+            if move.ids and not landed.issuperset(move.prefixes):
                 yield move
-            known.update(move.prefixes)
+                landed.update(move.prefixes)
 
 
 def _tokens(log: Log, b: int) -> tuple[int, ...]:
@@ -257,14 +267,19 @@ class Arguments:
     Attributes:
         file: the recording.
         model_path: directory of the checkpoint that was served; default the model in the box.
+        fp8: as it was served: the matrices of an FP8 checkpoint kept as FP8, or dequantised while loading.
         request: also tell every dispatch of this request.
         before: replay the recording before the last one.
+        compilation_cache: folder that keeps compiled programs, best that of the engine; default
+            JAX_COMPILATION_CACHE_DIR or the user's cache.
     """
 
     file: tyro.conf.Positional[Path]
     model_path: Path = NANO
+    fp8: Fp8 = "keep"
     request: int | None = None
     before: bool = False
+    compilation_cache: Path | None = None
 
 
 def main(argv: Several[str] | None = None) -> int:
@@ -279,8 +294,9 @@ def main(argv: Several[str] | None = None) -> int:
     arguments = tyro.cli(Arguments, prog="python -m glmjax.serving.replay", args=argv)
     try:
         header, recording = _asked(arguments)
-        compilation_cache()
-        glm = load_model(arguments.model_path, kv_cache_dtype=header["kv_cache_dtype"])
+        compilation_cache(arguments.compilation_cache)
+        dtypes = {name: header[name] for name in ("dtype", "kv_cache_dtype")}
+        glm = load_model(arguments.model_path, fp8=arguments.fp8, **dtypes)
     except (ValueError, OSError) as error:
         print(f"glmjax.serving.replay: {error}", file=sys.stderr)
         return 2
@@ -303,6 +319,8 @@ def _asked(arguments: Arguments) -> tuple[dict[str, Any], Recording]:
     header, recordings = load(arguments.file)
     if arguments.before and len(recordings) < 2:
         raise ValueError(f"{arguments.file} has one recording only; leave out --before")
+    if header["hooks"]:
+        raise ValueError(_HOOKED)
     recording = recordings[-2 if arguments.before else -1]
     told = sorted({request for flight in recording.flights for request in flight.requests})
     if arguments.request is not None and arguments.request not in told:

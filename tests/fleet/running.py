@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.served import children, free_ports, gateway_knows
+from benchmarks.serve.served import children, free_ports, gateway_knows
 from glmjax.nano import NANO
 
 TINY = Path(__file__).parents[1] / "tiny.json"

@@ -10,8 +10,10 @@ import pytest
 from glmjax.serving import replay
 from glmjax.serving.engine import Engine
 from glmjax.serving.faults import FaultRates
+from glmjax.serving.offload import Move
+from glmjax.serving.pool import Lease
 from glmjax.serving.recorder import load
-from glmjax.serving.replay import Replay
+from glmjax.serving.replay import Replay, _landed_first
 from tests.serving.tiny import OFFLOADING, tiny
 
 CONFIG = dataclasses.replace(
@@ -74,16 +76,31 @@ def test_recordings_hold_pages_that_came_from_the_hosts_memory(recorded):
     assert any(move.ids for of in recordings for flight in of.flights for move in flight.plan.moves)
 
 
-def test_another_model_is_told_apart(recorded):
-    """A replay can fail: with one token of a prompt changed, other tokens come."""
+def test_what_was_there_before_is_landed_whether_it_is_collected_again_or_not(recorded):
+    """A page that was let go of as the recording began has nobody whose tokens tell what it held."""
     _, header, recordings = recorded
-    longest = max(recordings, key=lambda recording: len(recording.flights))
-    flights = [
-        dataclasses.replace(flight, plan=dataclasses.replace(flight.plan, chunks=_changed(flight.plan.chunks)))
-        for flight in longest.flights
-    ]
-    parts = Replay(tiny(), header).run(dataclasses.replace(longest, flights=flights))
-    assert not all(again.same for again in parts)
+    recording = next(of for of in recordings if any(_landed_first([flight.plan for flight in of.flights])))
+    first, *others = recording.flights
+    [landing, *_] = _landed_first([flight.plan for flight in recording.flights])
+    empty = len(recording.snapshot.versions) - 1
+    gone = Move((Lease(empty, recording.snapshot.versions[empty] + 1),), landing.prefixes[:1])
+    first = dataclasses.replace(first, plan=dataclasses.replace(first.plan, moves=(gone, *first.plan.moves)))
+    parts = list(Replay(tiny(), header).run(dataclasses.replace(recording, flights=[first, *others])))
+    assert all(again.same for again in parts)
+
+
+def test_another_model_is_told_apart(recorded):
+    """A replay can fail, and goes on: with one token of a prompt changed, other tokens come."""
+    _, header, recordings = recorded
+    replay = Replay(tiny(), header)
+    for recording in recordings:
+        flights = [
+            dataclasses.replace(flight, plan=dataclasses.replace(flight.plan, chunks=_changed(flight.plan.chunks)))
+            for flight in recording.flights
+        ]
+        parts = list(replay.run(dataclasses.replace(recording, flights=flights)))
+        assert not all(again.same for again in parts)
+        assert len(parts) == sum(len(flight.requests) for flight in flights)
 
 
 def _changed(chunks):
@@ -110,7 +127,8 @@ def test_what_is_no_recording_is_refused(tmp_path):
 @pytest.fixture
 def told(recorded, folder, monkeypatch, capsys):
     """Status and words of ``python -m glmjax.serving.replay``, of the last recording unless it is told another."""
-    monkeypatch.setattr(replay, "load_model", lambda path, kv_cache_dtype: tiny())
+    monkeypatch.setattr(replay, "load_model", lambda path, **fields: tiny())
+    monkeypatch.setattr(replay, "compilation_cache", lambda folder: None)  # it is the whole process's
 
     def run(*flags, file="2.json.gz"):
         status = replay.main([str(folder / file), *map(str, flags)])
@@ -153,10 +171,17 @@ def test_the_command_line_tells_what_came_out_differently(told, folder):
         (["--request", "-1"], "2.json.gz", "request -1 is not in the recording, which has requests"),
         ([], "nothing.json.gz", "is not a recording"),
         ([], "words.txt", "is not a recording"),
+        ([], "older.json.gz", "has format 1, this version reads 2; use the one that recorded it"),
+        ([], "hooked.json.gz", "recorded with hooks, which are code and not in the file"),
     ],
 )
-def test_the_command_line_refuses_what_is_not_there(told, folder, flags, file, message):
+def test_the_command_line_refuses_what_cannot_be_replayed(told, folder, flags, file, message):
     (folder / "words.txt").write_text("{}")
+    saved = json.loads(gzip.decompress((folder / "2.json.gz").read_bytes()))
+    hooked = saved | {"header": saved["header"] | {"hooks": True}}
+    (folder / "hooked.json.gz").write_bytes(gzip.compress(json.dumps(hooked).encode()))
+    del saved["format"]
+    (folder / "older.json.gz").write_bytes(gzip.compress(json.dumps(saved).encode()))
     status, words = told(*flags, file=file)
     assert status == 2
     assert message in words

@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.hostile_report import Neighbour, Process, Report, Tally
-from benchmarks.hostile_requests import Source, attacks
+from benchmarks.hostile.attack import Source
+from benchmarks.hostile.attacks import attacks
+from benchmarks.hostile.report import Neighbour, Process, Report, Tally
 from benchmarks.serve_hostile import bombard, source_of, valid_requests
 
 REQUESTS = 150

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.load_targets import Seen, Worker
-from benchmarks.load_workload import Asked, arrivals, workload
+from benchmarks.serve.targets import Seen, Worker
+from benchmarks.serve.workload import Asked, arrivals, workload
 from benchmarks.serve_load import check, closed_loop, open_loop
 from tests.worker.running import PROMPT
 

@@ -1,4 +1,4 @@
-"""glmjax's end of the comparison with Hugging Face: the environment that `compare_hf_worker` runs in, and the talk with it."""
+"""glmjax's end of the comparison with Hugging Face: the environment that `benchmarks.hf.worker` runs in, and the talk with it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Worker:
     """A worker process under way; leaving the context ends it.
 
     Args:
-        command: what to start; it speaks as `compare_hf_worker` does.
+        command: what to start; it speaks as `benchmarks.hf.worker` does.
 
     Attributes:
         greeting: what it said of itself.

@@ -1,6 +1,6 @@
 """Hugging Face's side of `benchmarks.compare_hf`: a resident process that answers JSON lines, in an environment of its own.
 
-Started as ``python compare_hf_worker.py --cache DIR --threads N``; needs torch and transformers, and nothing of glmjax. Its
+Started as ``python worker.py --cache DIR --threads N``; needs torch and transformers, and nothing of glmjax. Its
 first line says what it is and where the checkpoint lies. Then every line ``{"prompt": [id, …], "new_tokens": n}`` on
 standard input is answered by one on standard output, until the input ends.
 """
@@ -26,7 +26,7 @@ SEED = 0
 WARM_UP = 64, 4
 """Tokens of the prompt that comes before all others, and new ones."""
 
-CONFIG = Path(__file__).parents[1] / "configs" / "small.json"
+CONFIG = Path(__file__).parents[2] / "configs" / "small.json"
 """62.8 million parameters; more than 512 visible positions make the indexer select."""
 
 

@@ -5,12 +5,26 @@ from __future__ import annotations
 import random
 import struct
 
+from benchmarks.hostile.attack import GENERATE, Attack, Source
+
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RESET, _SETTINGS, _PING, _CONTINUATION = 0, 1, 3, 4, 6, 9
 """Frames of HTTP/2 (RFC 9113, section 6)."""
 
 
-def beginnings(rng: random.Random) -> tuple[bytes, ...]:
+def sockets(source: Source) -> Attack:
+    """No HTTP/2, or the first bytes of it."""
+    knocks = tuple(source.rng.choices(_beginnings(source.rng), k=8))
+    return Attack("sockets", knocks=knocks, hold=source.patience)
+
+
+def http2(source: Source) -> Attack:
+    """Frames of HTTP/2 that make no sense."""
+    told = _sequences(source.rng, GENERATE, source.request().SerializeToString())
+    return Attack("HTTP/2", knocks=tuple(source.rng.choices(told, k=4)), hold=source.patience / 2)
+
+
+def _beginnings(rng: random.Random) -> tuple[bytes, ...]:
     """No HTTP/2, or the first bytes of it.
 
     Args:
@@ -23,7 +37,7 @@ def beginnings(rng: random.Random) -> tuple[bytes, ...]:
     )
 
 
-def sequences(rng: random.Random, path: str, message: bytes) -> tuple[bytes, ...]:
+def _sequences(rng: random.Random, path: str, message: bytes) -> tuple[bytes, ...]:
     """Frames of HTTP/2 that make no sense, and messages that their prefix is wrong about.
 
     Args:

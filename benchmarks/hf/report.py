@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.compare_hf_client import Run
+from benchmarks.hf.client import Run
 from benchmarks.measure import machine
 
 MARGIN = 1e-4

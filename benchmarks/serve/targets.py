@@ -16,7 +16,7 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 
-from benchmarks.load_workload import Asked
+from benchmarks.serve.workload import Asked
 
 _TIMEOUT = 600.0
 
