@@ -256,7 +256,7 @@ def test_pages_are_shared_within_a_treatment_only(engine):
 
 
 def test_a_recording_is_replayed_under_the_same_hooks(engine, tmp_path):
-    for n in range(12):
+    for n in range(20):
         engine.generate(prompt(40, n % 5), hook=n % 3, **GREEDY).finish()
         engine._offload.flush()
     assert engine.stats().landed > 0
