@@ -24,7 +24,7 @@ class Arguments(SamplingFlags):
 
     Attributes:
         prompt: text to complete; if absent, standard input without its last newline.
-        address: host:port of a worker; may be given several times, with numeric hosts.
+        address: host:port of a worker, default 127.0.0.1:50051; may be given several times, with numeric hosts.
         api_key: that the worker asks for.
         ca: PEM of the CA that the worker's certificate is from; without it the connection is not encrypted.
         certificate: PEM of a certificate of one's own, for mutual TLS.
