@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ class Arguments(SamplingFlags):
     Attributes:
         prompt: text to complete; if absent, standard input without its last newline.
         address: host:port of a worker, default 127.0.0.1:50051; may be given several times, with numeric hosts.
-        api_key: that the worker asks for.
+        api_key: that the worker asks for; default GLMJAX_API_KEY, else none.
         ca: PEM of the CA that the worker's certificate is from; without it the connection is not encrypted.
         certificate: PEM of a certificate of one's own, for mutual TLS.
         key: PEM of its private key.
@@ -52,9 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = tyro.cli(Arguments, prog="python -m glmjax.client", args=argv)
     prompt = sys.stdin.read().removesuffix("\n") if arguments.prompt is None else arguments.prompt
-    target = {name: getattr(arguments, name) for name in ("api_key", "ca", "certificate", "key")}
+    api_key = arguments.api_key or os.environ.get("GLMJAX_API_KEY") or None
+    tls = {name: getattr(arguments, name) for name in ("ca", "certificate", "key")}
     try:
-        with Client(*arguments.address, **target) as client:
+        with Client(*arguments.address, api_key=api_key, **tls) as client:
             print(prompt, end="", flush=True)
             return _told(client, prompt, arguments)
     except KeyboardInterrupt:

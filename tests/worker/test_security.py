@@ -6,6 +6,7 @@ import trustme
 from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc
 
+from glmjax.client.__main__ import main
 from glmjax.client.client import Client
 from glmjax.worker.security import credentials
 from tests.worker.running import SERVING, Running
@@ -49,6 +50,24 @@ def test_who_has_all_of_it_is_served(secured, files):
     with Client(secured.address, api_key="secret", ca=files["ca"], **files["client"]) as client:
         [answer] = client.generate("give me ", max_new_tokens=4, temperature=0, ignore_eos=True)
         assert len(answer.ids) == 4
+
+
+def test_the_terminal_takes_the_token_from_the_environment(secured, files, monkeypatch, capsys):
+    monkeypatch.setenv("GLMJAX_API_KEY", "secret")
+    tls = {"ca": files["ca"]} | files["client"]
+    flags = [f"--{name}={path}" for name, path in tls.items()]
+    asked = [
+        "give me ",
+        "--max-new-tokens=4",
+        "--temperature=0",
+        "--ignore-eos",
+        f"--address={secured.address}",
+        *flags,
+    ]
+    assert main(asked) == 0
+    assert "4 new" in capsys.readouterr().err
+    assert main([*asked, "--api-key=wrong"]) == 1
+    assert "UNAUTHENTICATED" in capsys.readouterr().err
 
 
 def test_a_probe_needs_no_token(secured):
