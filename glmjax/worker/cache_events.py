@@ -10,6 +10,7 @@ from smg_grpc_proto.generated import common_pb2 as pb
 
 from glmjax.serving.engine import Engine
 from glmjax.serving.events import Cleared, EventBatch, Removed, Stored
+from glmjax.worker.threads import in_thread
 
 
 async def followed(engine: Engine, start: int) -> AsyncIterator[pb.KvEventBatch]:
@@ -26,7 +27,7 @@ async def followed(engine: Engine, start: int) -> AsyncIterator[pb.KvEventBatch]
     changed, loop, size = asyncio.Event(), asyncio.get_running_loop(), engine.config.page_size
     with engine.events.watched(lambda: loop.call_soon_threadsafe(changed.set)):
         if start == 0:
-            for batch in await asyncio.to_thread(engine.cached):
+            for batch in await in_thread(engine.cached):
                 yield batch_message(batch, size)
                 start = batch.number
         while True:

@@ -26,6 +26,7 @@ from glmjax.worker.flight_files import FlightFiles
 from glmjax.worker.protocol import SERVICE
 from glmjax.worker.security import Bearer, credentials
 from glmjax.worker.service import Service
+from glmjax.worker.threads import in_thread
 from glmjax.worker.tracing import traces_to
 
 _LOG = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ _RECEIVED_BYTES, _SENT_BYTES = 16 << 20, 64 << 20
 _WATCH_SECONDS = 0.5
 _GRACE_SECONDS = 2.0
 """For answers on their way, once nothing is under way any more."""
+_LAST_STEP_SECONDS = 10.0
+"""For the step that the engine is in when it is closed."""
 _OPTIONS = (
     ("grpc.max_receive_message_length", _RECEIVED_BYTES),
     ("grpc.max_send_message_length", _SENT_BYTES),
@@ -83,7 +86,7 @@ class Worker:
         self.port = 0
 
     async def run(self) -> int:
-        """From the beginning to the end; the exit status: 0 after a signal, 1 where the engine has died.
+        """From the beginning to the end; the exit status: 0 after a signal, 1 where the engine has died or does not end.
 
         Raises:
             ValueError: the model cannot be served this way.
@@ -92,7 +95,7 @@ class Worker:
         began = time.monotonic()
         await self._listen()
         with self._signals():
-            starting = _in_thread(self._make_engine)
+            starting = in_thread(self._make_engine)
             leaving = asyncio.create_task(self._leaving.wait())
             await asyncio.wait([starting, leaving], return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
@@ -115,8 +118,7 @@ class Worker:
             except BaseException:
                 await self._server.stop(0)
                 raise
-            await self._drain()
-        return 0
+            return await self._drain()
 
     def leave(self) -> None:
         """Begin to drain."""
@@ -124,12 +126,12 @@ class Worker:
 
     async def _watch(self) -> str:
         """Why the engine cannot go on, once it cannot."""
-        timeout = self._arguments.watchdog_timeout
+        timeout, looking = self._arguments.watchdog_timeout, None
         while self._engine.alive:
             if self._engine.stalled_seconds > timeout:
                 return f"a step of the engine has not ended after --watchdog-timeout {timeout:.0f} s"
-            if self._flights is not None:
-                await asyncio.to_thread(self._flights.look)
+            if self._flights is not None and (looking is None or looking.done()):
+                looking = in_thread(self._flights.look)  # asks the engine's thread, so it is not waited for
             await asyncio.sleep(min(_WATCH_SECONDS, timeout))
         return "the engine's thread has ended"
 
@@ -181,7 +183,7 @@ class Worker:
 
         def record() -> None:
             if self._flights is not None:
-                loop.run_in_executor(None, self._flights.write, "asked")
+                in_thread(lambda: self._flights.write("asked"))
 
         for name in names:
             loop.add_signal_handler(name, asked)
@@ -190,8 +192,8 @@ class Worker:
         for name in (*names, signal.SIGUSR1):
             loop.remove_signal_handler(name)
 
-    async def _drain(self) -> None:
-        """No new requests; those under way may end; then everything is closed."""
+    async def _drain(self) -> int:
+        """No new requests; those under way may end; then everything is closed. The exit status."""
         self._told(False)
         self.service.refuse("draining")
         await self._health.enter_graceful_shutdown()
@@ -199,32 +201,16 @@ class Worker:
         _LOG.info("draining: %d requests under way, %.0f s for them", count, seconds)
         if not await self.service.live.idle(seconds):
             _LOG.warning("%d requests are not finished; they fail", len(self.service.live))
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.close)
+        closing = in_thread(self._engine.close)
+        await asyncio.wait([closing], timeout=_LAST_STEP_SECONDS)
+        if not closing.done():
+            return await self._die(f"a step of the engine has not ended after {_LAST_STEP_SECONDS:.0f} s")
+        closing.result()
         await self._server.stop(_GRACE_SECONDS)
         await asyncio.to_thread(self._close_metrics)
         await asyncio.to_thread(self._traces.close)
         _LOG.info("closed")
-
-
-def _in_thread[T](make: Callable[[], T]) -> asyncio.Future[T]:
-    """What a function gives, run in a thread that nobody waits for when the process ends."""
-    loop, made = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
-
-    def tell(result: T | None, error: Exception | None) -> None:
-        if not made.cancelled():
-            made.set_result(result) if error is None else made.set_exception(error)
-
-    def run() -> None:
-        try:
-            told = make(), None
-        except Exception as error:
-            told = None, error
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(tell, *told)
-
-    threading.Thread(target=run, daemon=True).start()
-    return made
+        return 0
 
 
 def run(arguments: Arguments) -> int:

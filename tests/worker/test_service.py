@@ -14,6 +14,7 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import common_pb2
 
 from glmjax.serving.engine import Engine
+from glmjax.worker import lifecycle
 from glmjax.worker.batch_log import BatchLog
 from glmjax.worker.protocol import SERVICE
 from tests.serving.test_events import Follower
@@ -364,14 +365,47 @@ def test_an_engine_that_cannot_go_on_ends_the_worker(monkeypatch):
     assert running.closed() == 1
 
 
-def test_a_step_that_does_not_end_ends_the_worker(monkeypatch):
-    running = Running(watchdog_timeout=0.2).ready()
-    go = threading.Event()
-    monkeypatch.setattr(running.engine._scheduler, "plan", lambda now: go.wait(60) and None)
-    assert failure(running.stub.Generate(asked()))[0] is grpc.StatusCode.UNAVAILABLE
-    assert running.closed() == 1
+@pytest.fixture
+def hanging(monkeypatch):
+    """Makes a worker whose engine hangs in a step from the next request on; what is under way is a call."""
+    go, engines = threading.Event(), []
+
+    def make(**flags):
+        running = Running(**flags).ready()
+        engines.append(running.engine)
+        plan, begun = running.engine._scheduler.plan, threading.Event()
+        monkeypatch.setattr(running.engine._scheduler, "plan", lambda now: begun.set() or (go.wait() and plan(now)))
+        call = running.stub.Generate(asked(stream=True), timeout=30)
+        assert begun.wait(60)
+        return running, call
+
+    yield make
     go.set()
-    running.engine.close()
+    for engine in engines:
+        engine.close()
+
+
+def test_a_step_that_does_not_end_ends_the_worker(hanging):
+    running, call = hanging(watchdog_timeout=0.2)
+    assert failure(call)[0] is grpc.StatusCode.UNAVAILABLE
+    assert running.closed() == 1
+
+
+def test_a_worker_is_ended_while_its_recorder_waits_for_the_same_step(hanging, tmp_path):
+    config = dataclasses.replace(CONFIG, recorded_dispatches=8)
+    make = lambda: Engine(glm(), config)
+    running, call = hanging(make=make, watchdog_timeout=1.5, flight_recorder=tmp_path)
+    running.engine._running.counts["aborts"] += 1  # an output was garbled: it is to be recorded
+    assert failure(call)[0] is grpc.StatusCode.UNAVAILABLE
+    assert running.closed() == 1
+
+
+def test_a_worker_leaves_during_a_step_that_does_not_end(hanging, monkeypatch):
+    monkeypatch.setattr(lifecycle, "_LAST_STEP_SECONDS", 0.2)
+    running, call = hanging(drain_seconds=0.2)
+    running.leave()
+    assert failure(call)[0] is grpc.StatusCode.UNAVAILABLE
+    assert running.closed() == 1
 
 
 def test_batches_are_told_in_the_log(caplog):
