@@ -16,6 +16,8 @@ MAX_STOPS, MAX_STOP_LENGTH = 64, 1024
 """Stop strings of a request, and characters of each: every token's text is compared with all of them."""
 MAX_TOKENS_NAMED = 2**18
 """Token ids in a field: more than any vocabulary has, so who gives more names some of them twice."""
+_NO_SEED = -1
+"""What vLLM takes for no seed."""
 
 
 def sampling_params_of(given: pb.SamplingParams) -> SamplingParams:
@@ -43,13 +45,14 @@ def sampling_params_of(given: pb.SamplingParams) -> SamplingParams:
         frequency_penalty=given.frequency_penalty,
         presence_penalty=given.presence_penalty,
         logit_bias=dict(given.logit_bias),
-        seed=given.seed % 2**32 if given.HasField("seed") else None,
+        seed=given.seed % 2**32 if given.HasField("seed") and given.seed != _NO_SEED else None,
         logprobs=_logprobs(given, "logprobs"),
         prompt_logprobs=_logprobs(given, "prompt_logprobs"),
         stop=tuple(given.stop),
         stop_token_ids=tuple(given.stop_token_ids),
         ignore_eos=given.ignore_eos,
         include_stop_str_in_output=given.include_stop_str_in_output,
+        skip_special_tokens=given.skip_special_tokens,
         grammar_from_first_token=given.grammar_from_first_token,
         **_constraint(given),
     )
@@ -65,7 +68,9 @@ def message_of(params: SamplingParams, n: int = 1) -> pb.SamplingParams:
     Raises:
         ValueError: a number that the message has no room for.
     """
-    schema = params.json_schema
+    schema, seed = params.json_schema, params.seed
+    if seed is not None and (seed := (seed + 2**31) % 2**32 - 2**31) == _NO_SEED:
+        raise ValueError(f"seed {params.seed} cannot be told: {_NO_SEED} means none; take another")
     return pb.SamplingParams(
         max_tokens=params.max_new_tokens,
         min_tokens=params.min_new_tokens,
@@ -77,13 +82,14 @@ def message_of(params: SamplingParams, n: int = 1) -> pb.SamplingParams:
         frequency_penalty=params.frequency_penalty,
         presence_penalty=params.presence_penalty,
         logit_bias=params.logit_bias,
-        seed=None if params.seed is None else (params.seed + 2**31) % 2**32 - 2**31,
+        seed=seed,
         logprobs=params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
         stop=params.stop,
         stop_token_ids=params.stop_token_ids,
         ignore_eos=params.ignore_eos,
         include_stop_str_in_output=params.include_stop_str_in_output,
+        skip_special_tokens=params.skip_special_tokens,
         grammar_from_first_token=params.grammar_from_first_token,
         json_schema=schema if schema is None or isinstance(schema, str) else json.dumps(dict(schema)),
         regex=params.regex,

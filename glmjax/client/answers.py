@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 
 from smg_grpc_proto import vllm_engine_pb2 as pb
 
-from glmjax.model.stops import StopMatcher
+from glmjax.model.output_text import OutputText
+from glmjax.model.sampling_params import SamplingParams
 from glmjax.model.tokenizer import Tokenizer
 
 
@@ -76,12 +78,11 @@ class Reading:
     Args:
         tokenizer: the worker's, for text; None for none.
         ends: tokens that have no text: what ended a sequence.
-        stops: stop strings.
-        include_stop: leave a stop string at the end of the text.
+        params: that were sent: they say which stop strings count, from when on, and what is left in the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, ends: frozenset[int], stops: Iterable[str], include_stop: bool):
-        self._tokenizer, self._ends, self._stops, self._include = tokenizer, ends, tuple(stops), include_stop
+    def __init__(self, tokenizer: Tokenizer | None, ends: frozenset[int], params: SamplingParams):
+        self._tokenizer, self._ends, self._params = tokenizer, ends, params
         self._texts: dict[int, _Text] = {}
 
     def piece(self, response: pb.GenerateResponse) -> Piece:
@@ -111,21 +112,18 @@ class _Text:
     """Of one sequence."""
 
     def __init__(self, reading: Reading):
-        self._ends = reading._ends
-        self._detokenizer = reading._tokenizer.detokenizer() if reading._tokenizer else None
-        self._strings = StopMatcher(reading._stops, reading._include)
+        self._ends, self._left = reading._ends, reading._params.max_new_tokens or math.inf
+        self._text = OutputText(reading._tokenizer, reading._params.stop, reading._params)
 
     def push(self, ids: Iterable[int]) -> str:
-        if self._detokenizer is None:
-            return ""
-        text = "".join(self._detokenizer.push(token) for token in ids if token not in self._ends)
-        return self._strings.push(text)[0]
+        return "".join(map(self._push, ids))
+
+    def _push(self, token: int) -> str:
+        self._left -= 1
+        return self._text.push(token, silent=token in self._ends, last=self._left == 0)[0]
 
     def end(self) -> str:
-        if self._detokenizer is None:
-            return ""
-        text, _ = self._strings.push(self._detokenizer.flush())
-        return text + self._strings.flush()
+        return self._text.flush()[0]
 
 
 def _scores(told: pb.OutputLogProbs) -> tuple[TokenScore, ...]:

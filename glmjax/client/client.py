@@ -236,7 +236,7 @@ def _asked(
         request.tokenized.input_ids.extend(prompt)
     eos = () if params.ignore_eos else info.eos_token_ids
     ends = frozenset((*eos, *params.stop_token_ids))
-    return request, Reading(tokenizer, ends, params.stop, params.include_stop_str_in_output)
+    return request, Reading(tokenizer, ends, params)
 
 
 def _unpacked(chunks: Iterable[common_pb2.GetTokenizerChunk]) -> Tokenizer:

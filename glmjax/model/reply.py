@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from glmjax.model.grammar import Matcher
+from glmjax.model.output_text import OutputText
 from glmjax.model.sampling_params import SamplingParams
-from glmjax.model.stops import StopMatcher, Stops
+from glmjax.model.stops import Stops
 from glmjax.model.tokenizer import Tokenizer
 
 
@@ -14,7 +15,7 @@ class Reply:
     Args:
         stops: the model's and the request's.
         tokenizer: for the text, or None.
-        params: how many tokens there must be before a stop string counts, and whether it stays at the end of the text.
+        params: of the text; see `OutputText`.
         new_tokens: most tokens to take.
         matcher: of its grammar, from now on the reply's own; or None.
 
@@ -40,9 +41,8 @@ class Reply:
         self.finish_reason: str | None = None
         self.matched: int | str | None = None
         self.matcher = matcher
-        self._stops, self._least, self._new_tokens = stops, params.min_new_tokens, new_tokens
-        self._strings = StopMatcher(stops.strings, params.include_stop_str_in_output)
-        self._detokenizer = tokenizer.detokenizer() if tokenizer else None
+        self._stops, self._new_tokens = stops, new_tokens
+        self._text = OutputText(tokenizer, stops.strings, params)
 
     def push(self, token: int) -> str:
         """Add a token; the text that can be shown now, often "" while a character or a possible stop string is incomplete.
@@ -57,12 +57,10 @@ class Reply:
             self.matcher.push(token)
         stops, full = token in self._stops.token_ids, len(self.ids) == self._new_tokens
         over = self.matcher is not None and self.matcher.ended
-        text, stop = self._detokenizer.push(token) if self._detokenizer and not stops else "", None
-        if len(self.ids) > self._least or full:
-            text, stop = self._strings.push(text)
-        if (stops or over or full) and stop is None and self._detokenizer:
-            tail, stop = self._strings.push(self._detokenizer.flush())
-            text += tail + self._strings.flush()
+        text, stop = self._text.push(token, silent=stops, last=full)
+        if (stops or over or full) and stop is None:
+            tail, stop = self._text.flush()
+            text += tail
         if stops or over or stop is not None:
             self.finish_reason = "stop"
             self.matched = stop if stop is not None else token if stops else None

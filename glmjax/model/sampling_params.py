@@ -65,6 +65,7 @@ class SamplingParams:
       stop_token_ids: Token ids that end it, besides the model's own.
       ignore_eos: Go on after the model's end-of-sequence tokens.
       include_stop_str_in_output: Leave the stop string at the end of the text.
+      skip_special_tokens: Leave special tokens' names out of the text, so that no stop string finds them.
       json_schema: Write JSON that this schema, a mapping or its text, describes. Values are set apart as by Python's
         `json.dumps`, unless the schema has an "x-guidance" of its own: {"whitespace_flexible": true} allows any space.
       regex: Write text that all of this regular expression matches.
@@ -94,6 +95,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     json_schema: Mapping[str, Any] | str | None = field(default=None, hash=False)
     regex: str | None = None
     grammar: str | None = None

@@ -117,9 +117,7 @@ class Timed:
         else:
             for _ in chunk.ids:
                 metrics.between.observe((statistics.seconds - before) / len(chunk.ids))
-        if chunk.finish_reason == "cancelled":
-            metrics.aborted("cancelled")
-        elif chunk.finish_reason is not None:
+        if chunk.finish_reason not in (None, "cancelled"):
             metrics.whole.observe(statistics.seconds)
             metrics.queued.observe(statistics.queue_seconds)
             if statistics.drafted:

@@ -29,12 +29,15 @@ from glmjax.worker.metrics import Metrics
 from glmjax.worker.profiling import Profiler
 from glmjax.worker.protocol import Asked, Telling, asked_of, input_logprobs
 from glmjax.worker.statuses import REASON, NotServingError, status_of
+from glmjax.worker.threads import in_thread
 from glmjax.worker.throughput import Throughput
 from glmjax.worker.tokenizer_files import CHUNK_BYTES, packed
 from glmjax.worker.tracing import NoTraces, Span, Traces
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_WAIT = 24 * 3600.0
+_SETTLING_SECONDS = 2.0
+"""For the engine to let go of requests whose clients have left."""
 _BEGINNERS = 4
 """Requests whose texts and grammars are read at a time: the engine's thread wants its share of the processor."""
 _REASONING_PARSER = "glm45"
@@ -102,16 +105,19 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
         """Tokens as they come, or all of them in the end."""
         self._received, name = time.time(), request.request_id or uuid.uuid4().hex
         span, failed = self._traces.request(name, context.invocation_metadata()), "cancelled"
+        whole = True
         try:
             async for response in self._generated(request, name, span, context):
+                whole &= response.complete.finish_reason != "abort"
                 yield response
-            failed = None
+            failed = None if whole else failed
         except Exception as error:
             failed = dict(status_of(error).metadata)[REASON]
-            self.metrics.aborted(failed)
             await _end(context, error)
-        finally:
+        finally:  # also where the client has left
             span.end(failed)
+            if failed is not None:
+                self.metrics.aborted(failed)
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
         """End requests where they are. Ids that are not under way are passed over: they may have just ended."""
@@ -132,10 +138,11 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
         context.add_done_callback(lambda _: live.leave())
         asked = asked_of(request, engine.max_model_len)
         ids, stream = await self._begin(engine, live, asked, request.stream, context.time_remaining())
-        eos, timed = engine.glm.stops.token_ids, self.metrics.request(asked.n)
+        eos = frozenset() if asked.params.ignore_eos else engine.glm.stops.token_ids
+        timed, scored = self.metrics.request(asked.n), asked.params.prompt_logprobs is not None
         telling = [Telling(i, stream=request.stream, eos=eos) for i in range(asked.n)]
         async for chunk in stream:
-            if asked.params.prompt_logprobs is not None and telling[chunk.index].prompt is None:
+            if scored and telling[chunk.index].prompt is None and len(stream.prompt_scores) == len(ids) - 1:
                 telling[chunk.index].prompt = await asyncio.to_thread(input_logprobs, ids, stream.prompt_scores)
             timed.push(chunk)
             span.push(chunk)
@@ -218,7 +225,7 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
             num_waiting_reqs=stats.waiting,
             num_total_reqs=stats.running + stats.waiting,
             gen_throughput=self._throughput(stats.new_tokens),
-            num_used_tokens=(stats.pages - stats.free_pages) * size,
+            num_used_tokens=stats.held_pages * size,
             max_total_num_tokens=stats.pages * size,
             token_usage=stats.usage,
             cache_hit_rate=stats.hit_rate,
@@ -268,13 +275,17 @@ class Service(vllm_engine_pb2_grpc.VllmEngineServicer):
         self, request: common_pb2.FlushCacheRequest, context: grpc.aio.ServicerContext
     ) -> common_pb2.FlushCacheResponse:
         """Let go of all cached pages, once nothing is under way."""
-        engine = await self._told(context)
-        await self.live.idle(min(max(0.0, request.timeout_s), _LONGEST_WAIT))
-        if not len(self.live) and await asyncio.to_thread(engine.flush):
-            return common_pb2.FlushCacheResponse(success=True, message="the cache is empty")
-        text = (
-            f"{len(self.live)} requests are under way; send it again with a longer timeout_s, or when they have ended"
-        )
+        engine, wait = await self._told(context), min(max(0.0, request.timeout_s), _LONGEST_WAIT)
+        end = time.monotonic() + max(wait, _SETTLING_SECONDS)
+        await self.live.idle(wait)
+        while not (busy := len(self.live)):
+            if await in_thread(engine.flush):
+                return common_pb2.FlushCacheResponse(success=True, message="the cache is empty")
+            if time.monotonic() > end:
+                busy = max(1, engine.stats().running + engine.stats().waiting)
+                break
+            await asyncio.sleep(_SETTLING_SECONDS / 100)
+        text = f"{busy} requests are under way; send it again with a longer timeout_s, or when they have ended"
         return common_pb2.FlushCacheResponse(success=False, message=text)
 
     async def StartProfile(
@@ -321,7 +332,8 @@ def _fitted(glm: GLM, asked: Asked, limit: int) -> tuple[list[int], Any]:
     Raises:
         ValueError: the prompt leaves no room, or cannot be encoded.
     """
-    if isinstance(asked.prompt, str) and len(asked.prompt) > limit * glm.tokenizer.longest:
+    longest = limit * glm.tokenizer.longest if glm.tokenizer is not None else math.inf
+    if isinstance(asked.prompt, str) and len(asked.prompt) > longest:
         raise ValueError(f"a text of {len(asked.prompt)} characters is more than {limit} tokens; shorten it")
     ids = glm.encode(asked.prompt)
     if asked.keep is not None:

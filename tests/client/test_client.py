@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 import threading
+import time
 
 import grpc
 import pytest
@@ -60,6 +61,15 @@ def test_text_ends_before_or_after_its_stop_string(client, include):
     assert "".join(piece.text for piece in client.stream(PROMPT, **SAMPLED | asked)) == answer.text
 
 
+@pytest.mark.parametrize("least", [6, 12])
+def test_a_stop_string_counts_once_there_are_so_many_tokens(client, least):
+    asked = {"stop": tuple(set(alone().text)), "min_new_tokens": least}
+    [answer] = client.generate(PROMPT, **SAMPLED | asked)
+    assert len(answer.ids) >= least
+    assert answer.text == alone(**asked).text
+    assert "".join(piece.text for piece in client.stream(PROMPT, **SAMPLED | asked)) == answer.text
+
+
 def test_tokens_scores_and_several_sequences(client):
     ids = glm().encode(PROMPT)
     answers = client.generate(ids, n=2, logprobs=2, prompt_logprobs=1, **SAMPLED)
@@ -77,10 +87,13 @@ def test_what_is_refused_is_refused_before_it_is_sent_or_by_the_worker(client):
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_who_leaves_the_loop_cancels(client, running):
+def test_who_leaves_the_loop_cancels(client, running, monkeypatch):
+    plan, before = running.engine._scheduler.plan, running.engine.stats().finished
+    monkeypatch.setattr(running.engine._scheduler, "plan", lambda now: time.sleep(0.05) or plan(now))
     for _ in client.stream(PROMPT, ignore_eos=True, max_new_tokens=LENGTH - 20):
         break
     until(lambda: not len(running.worker.service.live) and running.engine.stats().running == 0)
+    assert running.engine.stats().finished == before
     assert client.loads().num_running_reqs == 0
 
 

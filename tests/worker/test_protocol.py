@@ -27,7 +27,8 @@ def sampling(**fields):
 
 
 def test_a_message_of_defaults_samples_as_vllm_does():
-    assert sampling() == SamplingParams(temperature=1.0, top_p=1.0, repetition_penalty=1.0)
+    defaults = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
+    assert sampling() == SamplingParams(**defaults)
 
 
 @pytest.mark.parametrize(
@@ -48,9 +49,11 @@ def test_a_message_of_defaults_samples_as_vllm_does():
         ({"stop_token_ids": [3, 4]}, "stop_token_ids", (3, 4)),
         ({"ignore_eos": True}, "ignore_eos", True),
         ({"include_stop_str_in_output": True}, "include_stop_str_in_output", True),
+        ({"skip_special_tokens": True}, "skip_special_tokens", True),
         ({"logit_bias": {3: 1.5}}, "logit_bias", {3: 1.5}),
         ({"seed": 0}, "seed", 0),
-        ({"seed": -1}, "seed", 2**32 - 1),
+        ({"seed": -2}, "seed", 2**32 - 2),
+        ({"seed": -1}, "seed", None),
         ({"logprobs": 0}, "logprobs", 0),
         ({"logprobs": 20}, "logprobs", 20),
         ({"json_schema": "{}"}, "json_schema", "{}"),
@@ -180,13 +183,14 @@ HALVES = st.floats(0.125, 2, width=32)
             "frequency_penalty": HALVES,
             "presence_penalty": HALVES,
             "logit_bias": st.dictionaries(st.integers(0, VOCAB), HALVES, max_size=2),
-            "seed": UINT32,
+            "seed": st.integers(0, 2**32 - 2),
             "logprobs": st.integers(0, 20),
             "prompt_logprobs": st.integers(0, 20),
             "stop": st.lists(st.text(min_size=1, max_size=3), max_size=2).map(tuple),
             "stop_token_ids": st.lists(st.integers(0, VOCAB), max_size=2).map(tuple),
             "ignore_eos": st.booleans(),
             "include_stop_str_in_output": st.booleans(),
+            "skip_special_tokens": st.booleans(),
             "grammar_from_first_token": st.booleans(),
         },
     ),
@@ -197,6 +201,11 @@ HALVES = st.floats(0.125, 2, width=32)
 def test_parameters_come_back_from_their_message(fields, constraint):
     params = SamplingParams(**fields, **constraint)
     assert sampling_params_of(message_of(params)) == params
+
+
+def test_the_seed_that_means_none_is_not_sent():
+    with pytest.raises(ValueError, match="seed 4294967295 cannot be told"):
+        message_of(SamplingParams(seed=2**32 - 1))
 
 
 # Responses

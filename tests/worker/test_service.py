@@ -5,12 +5,14 @@ import hashlib
 import io
 import re
 import threading
+import time
 import zipfile
 
 import grpc
 import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from smg_grpc_proto import vllm_engine_pb2 as pb
+from smg_grpc_proto import vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 
 from glmjax.serving.engine import Engine
@@ -70,6 +72,23 @@ def test_a_stop_string_is_told(running):
     text = glm().tokenizer.decode(alone())
     [whole] = complete(running, asked(stop=[text[4]]))
     assert (whole.finish_reason, whole.matched_stop_str) == ("stop", text[4])
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_stop_string_may_be_a_special_tokens_name(running, skip):
+    end = glm().tokenizer.raw.id_to_token(min(glm().stops.token_ids))
+    forced = {"logit_bias": {min(glm().stops.token_ids): 100.0}, "ignore_eos": True}
+    [whole] = complete(running, asked(stop=[end], skip_special_tokens=skip, **forced))
+    assert (whole.finish_reason, whole.matched_stop_str) == (("length", "") if skip else ("stop", end))
+
+
+@pytest.mark.parametrize(("ignore", "told"), [(False, 0), (True, 1)])
+def test_a_token_that_ends_it_by_request_is_told(running, ignore, told):
+    end = min(glm().stops.token_ids)
+    forced = {"logit_bias": {end: 100.0}, "stop_token_ids": [end], "ignore_eos": ignore}
+    [whole] = complete(running, asked(**forced))
+    assert list(whole.output_ids) == [end]
+    assert (whole.HasField("matched_token_id"), whole.matched_token_id) == (bool(told), told and end)
 
 
 def test_logprobs_are_those_of_the_engine(running):
@@ -138,31 +157,71 @@ def test_bad_input_is_refused_with_value_and_limit(running, request_, complaint)
     assert running.engine.stats().prompt_tokens == before.prompt_tokens
 
 
+def test_text_for_a_model_without_a_tokenizer_is_the_clients_fault(running, monkeypatch):
+    monkeypatch.setattr(running.engine.glm, "tokenizer", None)
+    code, reason, details = failure(running.stub.Generate(asked()))
+    assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid")
+    assert "without a tokenizer; give token ids" in details
+
+
 # Leaving
 
 
-def test_a_client_that_leaves_leaves_nothing_behind(running):
-    before = running.engine.stats().finished
+@pytest.fixture
+def slow(running, monkeypatch):
+    """An engine that takes its time: what is endless does not come to its end by itself."""
+    plan = running.engine._scheduler.plan
+    monkeypatch.setattr(running.engine._scheduler, "plan", lambda now: time.sleep(0.05) or plan(now))
+
+
+def aborted(running, reason):
+    """How many requests are counted as aborted for a reason."""
+    labels = {"model_name": running.worker.service.metrics._model, "reason": reason}
+    return running.worker.service.metrics.registry.get_sample_value("glmjax:aborted_requests_total", labels) or 0
+
+
+def test_a_client_that_leaves_leaves_nothing_behind(running, slow):
+    before, count = running.engine.stats().finished, aborted(running, "cancelled")
     call = running.stub.Generate(endless())
     next(call)
     call.cancel()
     until(lambda: running.engine.stats().running == 0)
     assert running.engine.stats().finished == before
+    until(lambda: aborted(running, "cancelled") == count + 1)
 
 
-def test_a_deadline_ends_a_request(running):
-    code, *_ = failure(running.stub.Generate(endless(), timeout=0.05))
+def test_a_deadline_ends_a_request(running, slow):
+    before = running.engine.stats().finished
+    code, *_ = failure(running.stub.Generate(endless(), timeout=0.3))
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-    until(lambda: running.engine.stats().running == 0)
+    until(lambda: not len(running.worker.service.live) and running.engine.stats().running == 0)
+    assert running.engine.stats().finished == before
 
 
-def test_another_call_can_abort_a_request(running):
-    call = running.stub.Generate(endless("mine"))
+@pytest.mark.parametrize("n", [1, 2])
+def test_another_call_can_abort_a_request(running, slow, n):
+    count = aborted(running, "cancelled")
+    request = endless("mine")
+    request.sampling_params.n = n
+    call = running.stub.Generate(request)
     next(call)
     running.stub.Abort(pb.AbortRequest(request_ids=["unknown", "mine"]))
-    *_, last = call
-    assert last.complete.finish_reason == "abort"
-    assert last.complete.completion_tokens < LENGTH - 10
+    ends = [response.complete for response in call if response.HasField("complete")]
+    assert [end.finish_reason for end in ends] == ["abort"] * n
+    assert all(end.completion_tokens < LENGTH - 10 for end in ends)
+    until(lambda: aborted(running, "cancelled") == count + 1)
+
+
+def test_who_is_aborted_before_the_first_token_is_told_no_logprobs(running, monkeypatch):
+    go, begun, plan = threading.Event(), threading.Event(), running.engine._scheduler.plan
+    monkeypatch.setattr(running.engine._scheduler, "plan", lambda now: begun.set() or (go.wait(30) and plan(now)))
+    call = running.stub.Generate(asked(name="mine", prompt_logprobs=1))
+    assert begun.wait(30)
+    running.stub.Abort(pb.AbortRequest(request_ids=["mine"]))
+    go.set()
+    [response] = call
+    assert (response.complete.finish_reason, list(response.complete.output_ids)) == ("abort", [])
+    assert not response.complete.HasField("input_logprobs")
 
 
 def test_an_id_is_one_requests_at_a_time(running):
@@ -177,10 +236,16 @@ def test_an_id_is_one_requests_at_a_time(running):
 
 
 def test_a_reader_who_does_not_read_keeps_nobody_waiting(running):
-    calls = [running.stub.Generate(endless()) for _ in range(4)]
-    assert list(complete(running, asked())[0].output_ids) == alone()
-    for call in calls:
-        call.cancel()
+    options = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(running.address, options=options) as channel:
+        request = endless()
+        request.sampling_params.logprobs = 20
+        calls = [vllm_engine_pb2_grpc.VllmEngineStub(channel).Generate(request) for _ in range(4)]
+        assert list(complete(running, asked())[0].output_ids) == alone()
+        until(lambda: running.engine.stats().running + running.engine.stats().waiting == 0)
+        assert len(running.worker.service.live) == 4  # whose answers are not on their way yet
+        for call in calls:
+            call.cancel()
 
 
 # What there is to know
@@ -202,6 +267,7 @@ def test_loads_count_who_runs(running):
     [load] = running.stub.GetLoads(pb.GetLoadsRequest()).loads
     assert (load.num_running_reqs, load.max_running_requests) == (1, 2)
     assert 0 < load.token_usage <= 1
+    assert load.num_used_tokens == load.token_usage * load.max_total_num_tokens
     assert load.gen_throughput >= 0
     call.cancel()
 
@@ -300,6 +366,16 @@ def test_a_cache_in_use_is_not_flushed(running):
     call.cancel()
 
 
+def test_a_cache_is_flushed_once_the_engine_has_let_go_of_who_has_left(running, slow):
+    call = running.stub.Generate(endless())
+    next(call)
+    call.cancel()
+    until(lambda: not len(running.worker.service.live))
+    flushed = running.stub.FlushCache(common_pb2.FlushCacheRequest())
+    assert flushed.success, flushed.message
+    assert running.engine.stats().cached_pages == 0
+
+
 # Traces
 
 
@@ -393,8 +469,8 @@ def test_a_step_that_does_not_end_ends_the_worker(hanging):
 
 def test_a_worker_is_ended_while_its_recorder_waits_for_the_same_step(hanging, tmp_path):
     config = dataclasses.replace(CONFIG, recorded_dispatches=8)
-    make = lambda: Engine(glm(), config)
-    running, call = hanging(make=make, watchdog_timeout=1.5, flight_recorder=tmp_path)
+    flags = {"watchdog_timeout": 1.5, "flight_recorder": tmp_path}
+    running, call = hanging(make=lambda: Engine(glm(), config), **flags)
     running.engine._running.counts["aborts"] += 1  # an output was garbled: it is to be recorded
     assert failure(call)[0] is grpc.StatusCode.UNAVAILABLE
     assert running.closed() == 1
