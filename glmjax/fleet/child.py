@@ -40,6 +40,11 @@ class Child:
         """Of the process."""
         return self._process.pid
 
+    def signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if not self._ended.done():
+            os.kill(self.pid, number)
+
     async def ended(self) -> int:
         """Wait for its end; the exit status, negative for the signal that has ended it."""
         return await asyncio.shield(self._ended)

@@ -57,6 +57,7 @@ class Fleet:
                 rolling = asyncio.ensure_future(self._roll())
 
         loop.add_signal_handler(signal.SIGHUP, roll)
+        loop.add_signal_handler(signal.SIGUSR1, lambda: [replica.record() for replica in self.replicas])
         with tempfile.TemporaryDirectory(prefix="glmjax-") as folder:
             if self._arguments.gateway:
                 self._gateway = Gateway(self._arguments, Path(folder))

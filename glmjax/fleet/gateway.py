@@ -107,7 +107,8 @@ def command(arguments: Arguments, manifest: Path) -> list[str]:
         "--worker-wedge-secs": 120,  # whoever does not stream is silent until the end
         "--shutdown-grace-period-secs": max(1, round(arguments.drain_seconds)),
         "--log-level": _LEVELS[arguments.log_level],
-        "--prometheus-host": arguments.metrics_host or arguments.host,
+        # It always answers Prometheus; unasked, this machine alone.
+        "--prometheus-host": (arguments.metrics_host or arguments.host) if arguments.enable_metrics else "127.0.0.1",
         "--prometheus-port": arguments.metrics_port + arguments.replicas,
         "--api-key": arguments.api_key,
         "--tls-cert-path": arguments.ssl_certfile,

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +23,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 _LIVED = 60.0
 """Seconds after which a worker has not failed at once."""
 REFUSED = 2
-"""Exit status of a worker whose flags cannot be served: it would not do better the next time."""
+"""Exit status of a worker that cannot serve. One that never has would not do better the next time; one that has, may: its
+port is taken for a moment, or a disk is away."""
 
 
 class Replica:
@@ -43,6 +45,7 @@ class Replica:
         self._given, self._changed = (number, arguments, dict(environment)), changed
         self._child: Child | None = None
         self._serving, self._leaving, self._again = asyncio.Event(), asyncio.Event(), False
+        self._has_served = False
 
     async def keep(self) -> int:
         """Begin it, again and again, until it is to leave, or cannot be served; its last exit status."""
@@ -52,7 +55,7 @@ class Replica:
             self._child = Child(f"glmjax-worker-{self.number}", serve, *self._given, heard=self._heard)
             status = await self._child.ended()
             self._heard(None)
-            if self._leaving.is_set() or status == REFUSED:
+            if self._leaving.is_set() or (status == REFUSED and not self._has_served):
                 return status
             if self._again:
                 self._again = False
@@ -80,9 +83,14 @@ class Replica:
         if self._child is not None:
             await self._child.leave(seconds)
 
+    def record(self) -> None:
+        """Have it write what it has dispatched lately, if it takes requests."""
+        if self.address is not None:
+            self._child.signal(signal.SIGUSR1)
+
     def _heard(self, address: str | None) -> None:
         if address != self.address:
-            self.address = address
+            self.address, self._has_served = address, True
             (self._serving.set if address else self._serving.clear)()
             self._changed()
 
@@ -119,12 +127,14 @@ def arguments_of(arguments: Arguments) -> list[Arguments]:
         arguments: of all of them.
     """
     behind = {"host": "127.0.0.1", "api_key": None, "ssl_certfile": None, "ssl_keyfile": None}
+    flights = arguments.flight_recorder
     return [
         dataclasses.replace(
             arguments,
             port=arguments.port + i if arguments.port else 0,
             metrics_port=arguments.metrics_port + i,
             metrics_host=arguments.metrics_host or arguments.host,
+            flight_recorder=flights and flights / f"worker-{i}",
             **(behind if arguments.gateway else {}),
         )
         for i in range(arguments.replicas)

@@ -55,7 +55,8 @@ class Arguments:
         stream_holdback: tokens of a stream that are kept back, so that an anomaly among them is mended or retried unseen.
         drain_seconds: that requests under way have after SIGTERM.
         flight_recorder: folder for recordings of what was dispatched lately, for python -m glmjax.serving.replay: written
-            where an output was garbled, and on SIGUSR1. Default none: nothing is recorded.
+            where an output was garbled, and on SIGUSR1; with --replicas or --gateway each worker has a folder of its own in
+            it. Default none: nothing is recorded.
         compilation_cache: folder that keeps compiled programs; default JAX_COMPILATION_CACHE_DIR or the user's cache.
         watchdog_timeout: seconds after which a step of the engine that does not end ends the worker.
         api_key: that calls must carry (authorization: Bearer API_KEY), probes aside; default GLMJAX_API_KEY, else none.
@@ -64,7 +65,7 @@ class Arguments:
         ssl_ca_certs: PEM of the CAs that clients' certificates must be from, for mutual TLS.
         decode_log_interval: dispatches of decoding in a line of the log.
         enable_metrics: answer Prometheus at http://HOST:METRICS_PORT/metrics.
-        metrics_port: where.
+        metrics_port: where; of several, worker i answers at METRICS_PORT + i, and the gateway at METRICS_PORT + REPLICAS.
         metrics_host: address for that; default --host.
         otlp_traces_endpoint: of an OpenTelemetry collector (http://localhost:4317), for spans of requests; default none.
         replicas: workers, each with an engine of its own, on ports from --port on; on GPUs each gets its share of them. One

@@ -182,7 +182,9 @@ class Worker:
             self.leave()
 
         def record() -> None:
-            if self._flights is not None:
+            if self._flights is None:
+                _LOG.warning("SIGUSR1: nothing is recorded before it is ready, or without --flight-recorder")
+            else:
                 in_thread(lambda: self._flights.write("asked"))
 
         for name in names:

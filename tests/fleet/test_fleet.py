@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from glmjax import serve
+from glmjax.fleet import replica
 from glmjax.fleet.child import Child
 from glmjax.fleet.devices import devices, devices_of
 from glmjax.fleet.gateway import command
-from glmjax.fleet.replica import arguments_of
+from glmjax.fleet.replica import REFUSED, arguments_of
 from glmjax.worker.arguments import Arguments
 
 
@@ -29,6 +30,12 @@ def test_workers_have_ports_of_their_own():
     assert [one.port for one in arguments_of(Arguments(replicas=2, port=0))] == [0, 0]
 
 
+def test_workers_have_folders_of_their_own():
+    several = arguments_of(Arguments(replicas=2, flight_recorder=Path("/flights")))
+    assert [one.flight_recorder for one in several] == [Path("/flights/worker-0"), Path("/flights/worker-1")]
+    assert arguments_of(Arguments(replicas=1))[0].flight_recorder is None
+
+
 def test_behind_a_gateway_they_listen_to_this_machine_alone():
     certificate = {"ssl_certfile": Path("a.pem"), "ssl_keyfile": Path("a.key")}
     given = Arguments(replicas=2, host="0.0.0.0", api_key="secret", gateway=True, **certificate)
@@ -39,6 +46,13 @@ def test_behind_a_gateway_they_listen_to_this_machine_alone():
     assert (found["--host"], found["--api-key"]) == ("0.0.0.0", "secret")
     assert (found["--tls-cert-path"], found["--tls-key-path"]) == ("a.pem", "a.key")
     assert (found["--discovery-file"], found["--block-size"]) == ("workers.json", "64")
+
+
+def test_the_gateways_metrics_are_told_to_others_only_where_metrics_are_asked_for():
+    for asked, host in ((False, "127.0.0.1"), (True, "0.0.0.0")):
+        given = Arguments(gateway=True, host="0.0.0.0", replicas=2, metrics_port=700, enable_metrics=asked)
+        found = flags(command(given, Path("workers.json")))
+        assert (found["--prometheus-host"], found["--prometheus-port"]) == (host, "702")
 
 
 @pytest.mark.parametrize(
@@ -135,6 +149,47 @@ def test_its_status_is_told():
         return await asyncio.wait_for(made.ended(), 60)
 
     assert asyncio.run(run()) == 7
+
+
+def troubled(say, number, arguments, environment):
+    """Serve and die, then be unable to, then serve."""
+    folder = Path(environment["FOLDER"])
+    times = len(list(folder.glob("began*")))
+    (folder / f"began{times}").touch()
+    if times == environment["REFUSES"]:
+        return REFUSED
+    say("an address")
+    while not (folder / "heard").exists() or times > environment["REFUSES"]:
+        time.sleep(0.01)
+    return 1
+
+
+@pytest.fixture
+def keeps(monkeypatch, tmp_path):
+    """A replica whose process is `troubled`, refusing the n-th time; until it is begun the m-th time or is over."""
+    monkeypatch.setattr(replica, "serve", troubled)
+    monkeypatch.setattr(replica, "_LONGEST_PAUSE", 0.01)
+
+    async def run(refuses, times):
+        environment = {"FOLDER": str(tmp_path), "REFUSES": refuses}
+        one = replica.Replica(0, Arguments(), environment, lambda: one.address and (tmp_path / "heard").touch())
+        keeping = asyncio.create_task(one.keep())
+        while not keeping.done() and not (tmp_path / f"began{times - 1}").exists():
+            await asyncio.sleep(0.01)
+        if not keeping.done():
+            await one.serving()
+            await one.leave(30)
+        return await keeping
+
+    return lambda refuses, times: asyncio.run(asyncio.wait_for(run(refuses, times), 60))
+
+
+def test_a_worker_that_cannot_serve_is_given_up(keeps):
+    assert keeps(refuses=0, times=2) == REFUSED
+
+
+def test_one_that_has_served_is_begun_again_whatever_it_met(keeps):
+    assert keeps(refuses=1, times=3) == -signal.SIGTERM
 
 
 PARENT = """

@@ -32,7 +32,9 @@ THOUGHT = "<think>plan it</think>"
 def fleet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fleet")
     (folder / "model").mkdir()
-    fleet = RunningFleet(small(folder / "model"), folder / "log", replicas=2).ready()
+    flags = ("--flight-recorder", folder / "flights")
+    fleet = RunningFleet(small(folder / "model"), folder / "log", *flags, replicas=2).ready()
+    fleet.flights = folder / "flights"
     yield fleet
     assert fleet.leave() == 0, fleet.log.read_text()
     assert "resource_tracker" not in fleet.log.read_text()
@@ -211,6 +213,16 @@ def until_new(fleet, before, workers=2):
         assert time.monotonic() < end, fleet.log.read_text()
         time.sleep(0.1)
     fleet.ready()
+
+
+def test_all_record_what_they_have_dispatched_when_asked(fleet, client):
+    message(client)
+    fleet.signal(signal.SIGUSR1)
+    end = time.monotonic() + 30
+    while {path.parent.name for path in fleet.flights.rglob("*-asked.json.gz")} != {"worker-0", "worker-1"}:
+        assert time.monotonic() < end, fleet.log.read_text()
+        time.sleep(0.1)
+    assert message(client).content
 
 
 def test_a_rolling_restart_loses_nothing(fleet):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -113,6 +114,9 @@ def test_help_explains_every_flag(capsys):
     with pytest.raises(SystemExit) as end:
         serve.main(["--help"])
     assert end.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(Arguments):
-        assert f"--{field.name.replace('_', '-')}" in text
+    text = "".join(capsys.readouterr().out.replace("│", "").split())  # whatever its lines are broken at
+    explained = dict(re.findall(r"^        (\w+): (.*(?:\n {12}.*)*)", Arguments.__doc__, re.MULTILINE))
+    assert {*explained} == {field.name for field in dataclasses.fields(Arguments)}
+    for name, words in explained.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert "".join(words.split()) in text
