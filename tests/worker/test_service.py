@@ -10,6 +10,7 @@ import zipfile
 
 import grpc
 import pytest
+from google.protobuf import descriptor_pool, message_factory
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc
@@ -289,10 +290,15 @@ def test_embeddings_are_not_served(running):
     assert "was not trained to give embeddings" in error.value.details()
 
 
-def test_a_generic_client_finds_the_service(running):
+def test_a_generic_client_finds_the_service_and_calls_it(running):
     database = ProtoReflectionDescriptorDatabase(running.channel)
     assert SERVICE in database.get_services()
-    assert database.FindFileContainingSymbol(SERVICE).package == "vllm.grpc.engine"
+    found = descriptor_pool.DescriptorPool(database).FindServiceByName(SERVICE).methods_by_name["Generate"]
+    asked_, answer = map(message_factory.GetMessageClass, (found.input_type, found.output_type))
+    call = running.channel.unary_stream(f"/{SERVICE}/Generate", asked_.SerializeToString, answer.FromString)
+    sampling = {"temperature": 1.2, "seed": 3, "max_tokens": 12}
+    [response] = call(asked_(text=PROMPT, sampling_params=sampling))
+    assert list(response.complete.output_ids) == alone()
 
 
 # The cache
