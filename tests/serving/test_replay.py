@@ -155,11 +155,11 @@ def test_the_command_line_tells_every_dispatch_of_a_request(told, recorded):
 
 def test_the_command_line_tells_what_came_out_differently(told, folder):
     saved = json.loads(gzip.decompress((folder / "2.json.gz").read_bytes()))
-    flights = saved["recordings"][-1]["flights"]
-    flight = next(flight for flight in flights if flight["log"] and flight["plan"]["rounds"])
+    flights = saved["recordings"][-2]["flights"]
+    flight = next(of for of in flights if of["log"] and of["plan"]["rounds"] and of["log"]["tokens_BS"][0][0] >= 0)
     flight["log"]["tokens_BS"][0][0] ^= 1
     (folder / "changed.json.gz").write_bytes(gzip.compress(json.dumps(saved).encode()))
-    status, words = told(file="changed.json.gz")
+    status, words = told("--before", file="changed.json.gz")
     assert status == 1
     assert f"recorded   [{flight['log']['tokens_BS'][0][0]}" in words
     assert "1 came out differently" in words
