@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator
 
 from smg_grpc_proto import vllm_engine_pb2 as pb
@@ -112,15 +111,11 @@ class _Text:
     """Of one sequence."""
 
     def __init__(self, reading: Reading):
-        self._ends, self._left = reading._ends, reading._params.max_new_tokens or math.inf
-        self._text = OutputText(reading._tokenizer, reading._params.stop, reading._params)
+        self._ends, params = reading._ends, reading._params
+        self._text = OutputText(reading._tokenizer, params.stop, params, params.max_new_tokens)
 
     def push(self, ids: Iterable[int]) -> str:
-        return "".join(map(self._push, ids))
-
-    def _push(self, token: int) -> str:
-        self._left -= 1
-        return self._text.push(token, silent=token in self._ends, last=self._left == 0)[0]
+        return "".join(self._text.push(token, silent=token in self._ends)[0] for token in ids)
 
     def end(self) -> str:
         return self._text.flush()[0]

@@ -17,20 +17,22 @@ class OutputText:
         strings: that end it where they appear.
         params: how many tokens there must be before a stop string counts, whether it stays at the end of the text, and
             whether special tokens are in that.
+        new_tokens: most tokens there can be, the last of which counts in any case; None where that is not known.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, strings: Iterable[str], params: SamplingParams):
+    def __init__(
+        self, tokenizer: Tokenizer | None, strings: Iterable[str], params: SamplingParams, new_tokens: int | None
+    ):
         self._detokenizer = tokenizer.detokenizer(params.skip_special_tokens) if tokenizer is not None else None
         self._strings = StopMatcher(tuple(strings), params.include_stop_str_in_output)
-        self._least, self._count = params.min_new_tokens, 0
+        self._least, self._most, self._count = params.min_new_tokens, new_tokens, 0
 
-    def push(self, token: int, *, silent: bool = False, last: bool = False) -> tuple[str, str | None]:
+    def push(self, token: int, *, silent: bool = False) -> tuple[str, str | None]:
         """Add a token.
 
         Args:
             token: its id.
             silent: it ends the sequence, so it has no text.
-            last: there will be no other, as there may not be more.
 
         Returns:
             the text that can be shown now, often "" while a character or a possible stop string is incomplete; and the stop
@@ -38,7 +40,7 @@ class OutputText:
         """
         self._count += 1
         text = self._detokenizer.push(token) if self._detokenizer is not None and not silent else ""
-        return self._strings.push(text) if self._count > self._least or last else (text, None)
+        return self._strings.push(text) if self._count > self._least or self._count == self._most else (text, None)
 
     def flush(self) -> tuple[str, str | None]:
         """At the end, whatever it was: the text kept back, and the stop string in it, or None."""

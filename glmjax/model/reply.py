@@ -42,7 +42,7 @@ class Reply:
         self.matched: int | str | None = None
         self.matcher = matcher
         self._stops, self._new_tokens = stops, new_tokens
-        self._text = OutputText(tokenizer, stops.strings, params)
+        self._text = OutputText(tokenizer, stops.strings, params, new_tokens)
 
     def push(self, token: int) -> str:
         """Add a token; the text that can be shown now, often "" while a character or a possible stop string is incomplete.
@@ -57,7 +57,7 @@ class Reply:
             self.matcher.push(token)
         stops, full = token in self._stops.token_ids, len(self.ids) == self._new_tokens
         over = self.matcher is not None and self.matcher.ended
-        text, stop = self._text.push(token, silent=stops, last=full)
+        text, stop = self._text.push(token, silent=stops)
         if (stops or over or full) and stop is None:
             tail, stop = self._text.flush()
             text += tail
