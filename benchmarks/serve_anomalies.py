@@ -20,11 +20,11 @@ from pathlib import Path
 import tyro
 
 from benchmarks.measure import machine
-from benchmarks.serve.served import free_ports, gateway_knows, served, serving
+from benchmarks.serve.served import free_ports, served, serving
 from benchmarks.serve.targets import Gateway, Worker, outcomes
 from benchmarks.serve.workload import workload
 from benchmarks.serve_load import closed_loop
-from glmjax.fleet.gateway import command
+from glmjax.fleet.gateway import command, healthy_workers
 from glmjax.nano import NANO
 from glmjax.serving.anomaly import AnomalyRules
 from glmjax.serving.config import EngineConfig
@@ -107,7 +107,7 @@ async def _sends_to(url: str, manifest: Path, *addresses: str) -> None:
     new = manifest.with_suffix(".new")
     new.write_text(json.dumps({"version": 1, "workers": [{"url": f"grpc://{address}"} for address in addresses]}))
     new.replace(manifest)
-    while await asyncio.to_thread(gateway_knows, url) != len(addresses):
+    while len(await asyncio.to_thread(healthy_workers, url)) != len(addresses):
         await asyncio.sleep(0.1)
 
 

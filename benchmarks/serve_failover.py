@@ -16,10 +16,11 @@ from collections.abc import Awaitable, Callable, Sequence
 import tyro
 
 from benchmarks.measure import machine
-from benchmarks.serve.served import Served, children, gateway_knows, served
+from benchmarks.serve.served import Served, children, served
 from benchmarks.serve.targets import Gateway, Seen, outcomes
 from benchmarks.serve.workload import Asked, workload
 from benchmarks.serve_load import closed_loop
+from glmjax.fleet.gateway import healthy_workers
 from glmjax.nano import NANO
 
 _SETTLED = 3.0
@@ -165,7 +166,7 @@ async def _new(fleet: Served, before: Sequence[int], count: int) -> None:
     """Wait until so many workers serve that were not there, and the gateway knows of both."""
     end = time.monotonic() + _PATIENCE
     while len({*children(fleet.process.pid)} - {*before}) < count or (
-        await asyncio.to_thread(gateway_knows, fleet.url) < 2
+        len(await asyncio.to_thread(healthy_workers, fleet.url)) < 2
     ):
         if time.monotonic() > end:
             raise TimeoutError(f"the workers do not come back:\n{fleet.log.read_text()}")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +16,7 @@ from typing import NamedTuple
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from glmjax.fleet.gateway import healthy_workers
 from glmjax.worker.protocol import SERVICE
 
 _SECONDS = 900.0
@@ -65,7 +64,7 @@ def served(flags: Sequence[str], *, replicas: int = 1, gateway: bool = False) ->
         with open(log, "wb") as file:
             process = subprocess.Popen([str(word) for word in command], stdout=file, stderr=file)
         try:
-            while not (gateway_knows(url) == replicas if gateway else serving(address)):
+            while not (len(healthy_workers(url)) == replicas if gateway else serving(address)):
                 if process.poll() is not None or time.monotonic() - began > _SECONDS:
                     raise RuntimeError(f"{' '.join(map(str, command))} does not serve:\n{log.read_text()}")
                 time.sleep(0.1)
@@ -87,15 +86,6 @@ def serving(address: str) -> bool:
         except grpc.RpcError:
             return False
     return told.status == health_pb2.HealthCheckResponse.SERVING
-
-
-def gateway_knows(url: str) -> int:
-    """How many workers a gateway sends requests to."""
-    try:
-        with urllib.request.urlopen(f"{url}/workers", timeout=5) as told:
-            return sum(worker["is_healthy"] for worker in json.load(told)["workers"])
-    except (OSError, ValueError):
-        return 0
 
 
 def children(pid: int) -> list[int]:

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 from glmjax.fleet.child import Child
 from glmjax.worker.arguments import Arguments
@@ -55,26 +56,32 @@ class Gateway:
     async def sends_to(self, addresses: Iterable[str]) -> bool:
         """Wait until these are whom it sends requests to; whether it has come to that."""
         wanted, end = {f"grpc://{address}" for address in addresses}, time.monotonic() + _LONGEST_WAIT
+        key, secure = self._arguments.api_key, None
+        if self._arguments.ssl_certfile:  # who answers at this port of this machine has been started here
+            secure = ssl.create_default_context()
+            secure.check_hostname, secure.verify_mode = False, ssl.CERT_NONE
         while time.monotonic() < end:
-            if await asyncio.to_thread(self._healthy) == wanted:
+            if await asyncio.to_thread(healthy_workers, self.url, key, secure) == wanted:
                 return True
             await asyncio.sleep(_ASKED_EVERY)
         return False
 
-    def _healthy(self) -> set[str]:
-        """Workers that it asks, in its own words."""
-        secure = ssl.create_default_context() if self._arguments.ssl_certfile else None
-        if secure is not None:  # who answers at this port of this machine has been started here
-            secure.check_hostname, secure.verify_mode = False, ssl.CERT_NONE
-        url, key = f"{self.url}/workers", self._arguments.api_key
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        try:
-            with urllib.request.urlopen(
-                urllib.request.Request(url, headers=headers), timeout=5, context=secure
-            ) as told:
-                return {worker["url"] for worker in json.load(told)["workers"] if worker["is_healthy"]}
-        except (OSError, ValueError, KeyError, TypeError):
-            return set()
+
+def healthy_workers(url: str, key: str | None = None, secure: ssl.SSLContext | None = None) -> set[str]:
+    """Workers that a gateway asks, in its own words; none where it does not answer.
+
+    Args:
+        url: of the gateway.
+        key: that it asks for.
+        secure: how its certificate is checked, where it has one.
+    """
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(urljoin(url, "workers"), headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=5, context=secure) as told:
+            return {worker["url"] for worker in json.load(told)["workers"] if worker["is_healthy"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def command(arguments: Arguments, manifest: Path) -> list[str]:

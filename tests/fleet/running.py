@@ -8,7 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.serve.served import children, free_ports, gateway_knows
+from benchmarks.serve.served import children, free_ports
+from glmjax.fleet.gateway import healthy_workers
 from glmjax.nano import NANO
 
 TINY = Path(__file__).parents[1] / "tiny.json"
@@ -49,12 +50,16 @@ class RunningFleet:
 
     def ready(self, workers=None, seconds=240):
         """Once the gateway knows as many workers."""
+        self.until(lambda: len(healthy_workers(self.url)) == (workers or self.replicas), seconds)
+        return self
+
+    def until(self, true, seconds=120):
+        """Wait for something, as long as the fleet runs."""
         end = time.monotonic() + seconds
-        while gateway_knows(self.url) != (workers or self.replicas):
+        while not true():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < end, self.log.read_text()
             time.sleep(0.1)
-        return self
 
     def signal(self, which):
         self.process.send_signal(which)

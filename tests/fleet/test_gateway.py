@@ -208,20 +208,14 @@ class Load:
 
 def until_new(fleet, before, workers=2):
     """Until so many workers serve that were not there."""
-    end = time.monotonic() + 120
-    while len(set(fleet.pids()) - set(before)) < workers:
-        assert time.monotonic() < end, fleet.log.read_text()
-        time.sleep(0.1)
+    fleet.until(lambda: len(set(fleet.pids()) - set(before)) >= workers)
     fleet.ready()
 
 
 def test_all_record_what_they_have_dispatched_when_asked(fleet, client):
     message(client)
     fleet.signal(signal.SIGUSR1)
-    end = time.monotonic() + 30
-    while {path.parent.name for path in fleet.flights.rglob("*-asked.json.gz")} != {"worker-0", "worker-1"}:
-        assert time.monotonic() < end, fleet.log.read_text()
-        time.sleep(0.1)
+    fleet.until(lambda: all(any(fleet.flights.glob(f"worker-{n}/*-asked.json.gz")) for n in range(2)), seconds=30)
     assert message(client).content
 
 
