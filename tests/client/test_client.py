@@ -13,7 +13,7 @@ from glmjax.client.__main__ import main
 from glmjax.client.client import AsyncClient, Client
 from glmjax.serving.engine import Engine
 from tests.serving.test_grammar import CONFIG, LENGTH, glm
-from tests.worker.running import PROMPT, Running, until
+from tests.worker.running import PROMPT, Running, before_plans, until
 
 SAMPLED = {"temperature": 1.2, "seed": 3, "max_new_tokens": 12}
 
@@ -88,8 +88,8 @@ def test_what_is_refused_is_refused_before_it_is_sent_or_by_the_worker(client):
 
 
 def test_who_leaves_the_loop_cancels(client, running, monkeypatch):
-    plan, before = running.engine._scheduler.plan, running.engine.stats().finished
-    monkeypatch.setattr(running.engine._scheduler, "plan", lambda now: time.sleep(0.05) or plan(now))
+    before = running.engine.stats().finished
+    before_plans(monkeypatch, running.engine, lambda: time.sleep(0.05))
     for _ in client.stream(PROMPT, ignore_eos=True, max_new_tokens=LENGTH - 20):
         break
     until(lambda: not len(running.worker.service.live) and running.engine.stats().running == 0)

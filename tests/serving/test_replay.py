@@ -92,7 +92,7 @@ def test_what_was_there_before_is_landed_whether_it_is_collected_again_or_not(re
 def test_another_model_is_told_apart(recorded):
     """A replay can fail, and goes on: with one token of a prompt changed, other tokens come."""
     _, header, recordings = recorded
-    replay, same = Replay(tiny(), header), []
+    replay, longest = Replay(tiny(), header), max(len(recording.flights) for recording in recordings)
     for recording in recordings:
         flights = [
             dataclasses.replace(flight, plan=dataclasses.replace(flight.plan, chunks=_changed(flight.plan.chunks)))
@@ -100,8 +100,8 @@ def test_another_model_is_told_apart(recorded):
         ]
         parts = list(replay.run(dataclasses.replace(recording, flights=flights)))
         assert len(parts) == sum(len(flight.requests) for flight in flights)
-        same.append(all(again.same for again in parts))
-    assert not all(same)  # one of a few dispatches, which nobody has read yet, has nothing to differ from
+        if len(flights) == longest:  # one of a few, which nobody has read yet, has nothing to differ from
+            assert not all(again.same for again in parts)
 
 
 def _changed(chunks):

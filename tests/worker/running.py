@@ -71,6 +71,12 @@ def until(true, seconds=30):
         time.sleep(0.005)
 
 
+def before_plans(monkeypatch, engine, do):
+    """Have something done before each of an engine's plans."""
+    plan = engine._scheduler.plan
+    monkeypatch.setattr(engine._scheduler, "plan", lambda now: (do(), plan(now))[1])
+
+
 def asked(text=PROMPT, stream=False, name="", **sampling):
     fields = {"temperature": 1.2, "seed": 3, "max_tokens": 12} | sampling
     return pb.GenerateRequest(request_id=name, text=text, stream=stream, sampling_params=pb.SamplingParams(**fields))

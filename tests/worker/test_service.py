@@ -22,7 +22,19 @@ from glmjax.worker.batch_log import BatchLog
 from glmjax.worker.protocol import SERVICE
 from tests.serving.test_events import Follower
 from tests.serving.test_grammar import CONFIG, LENGTH, glm
-from tests.worker.running import NOT_SERVING, PROMPT, SERVING, Running, alone, asked, complete, endless, failure, until
+from tests.worker.running import (
+    NOT_SERVING,
+    PROMPT,
+    SERVING,
+    Running,
+    alone,
+    asked,
+    before_plans,
+    complete,
+    endless,
+    failure,
+    until,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -171,8 +183,7 @@ def test_text_for_a_model_without_a_tokenizer_is_the_clients_fault(running, monk
 @pytest.fixture
 def slow(running, monkeypatch):
     """An engine that takes its time: what is endless does not come to its end by itself."""
-    plan = running.engine._scheduler.plan
-    monkeypatch.setattr(running.engine._scheduler, "plan", lambda now: time.sleep(0.05) or plan(now))
+    before_plans(monkeypatch, running.engine, lambda: time.sleep(0.05))
 
 
 def aborted(running, reason):
@@ -214,8 +225,8 @@ def test_another_call_can_abort_a_request(running, slow, n):
 
 
 def test_who_is_aborted_before_the_first_token_is_told_no_logprobs(running, monkeypatch):
-    go, begun, plan = threading.Event(), threading.Event(), running.engine._scheduler.plan
-    monkeypatch.setattr(running.engine._scheduler, "plan", lambda now: begun.set() or (go.wait(30) and plan(now)))
+    go, begun = threading.Event(), threading.Event()
+    before_plans(monkeypatch, running.engine, lambda: (begun.set(), go.wait(30)))
     call = running.stub.Generate(asked(name="mine", prompt_logprobs=1))
     assert begun.wait(30)
     running.stub.Abort(pb.AbortRequest(request_ids=["mine"]))
@@ -295,6 +306,7 @@ def test_a_generic_client_finds_the_service_and_calls_it(running):
     assert SERVICE in database.get_services()
     found = descriptor_pool.DescriptorPool(database).FindServiceByName(SERVICE).methods_by_name["Generate"]
     asked_, answer = map(message_factory.GetMessageClass, (found.input_type, found.output_type))
+    assert found.containing_service.file.package == "vllm.grpc.engine"
     call = running.channel.unary_stream(f"/{SERVICE}/Generate", asked_.SerializeToString, answer.FromString)
     sampling = {"temperature": 1.2, "seed": 3, "max_tokens": 12}
     [response] = call(asked_(text=PROMPT, sampling_params=sampling))
@@ -455,8 +467,8 @@ def hanging(monkeypatch):
     def make(**flags):
         running = Running(**flags).ready()
         engines.append(running.engine)
-        plan, begun = running.engine._scheduler.plan, threading.Event()
-        monkeypatch.setattr(running.engine._scheduler, "plan", lambda now: begun.set() or (go.wait() and plan(now)))
+        begun = threading.Event()
+        before_plans(monkeypatch, running.engine, lambda: (begun.set(), go.wait()))
         call = running.stub.Generate(asked(stream=True), timeout=30)
         assert begun.wait(60)
         return running, call
